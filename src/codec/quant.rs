@@ -1,0 +1,158 @@
+//! Quantised weights: one integer step per matrix, row or tile.
+//!
+//! INT8 takes the largest magnitude that shares a scale to ±127. Rate-coded weights take a step that makes the entropy
+//! coder's output as large as asked; their integers are unbounded, and what no class reaches is stored as an `f32`.
+//! At equal error a uniform step with an entropy coder needs 20–25% fewer bits than INT4 with group scales (Gish and
+//! Pierce, "Asymptotically efficient quantizing", 1968: 1.53 dB from the rate-distortion bound).
+
+use half::{bf16, f16};
+
+use super::geometry::Rect;
+use super::kind::{Dtype, ScaleLayout};
+
+/// Rate-coded integers stay below this magnitude; larger ones escape. Keeps every `q` exact in an `f32`.
+pub const RATE_LIMIT: f32 = (1 << 20) as f32;
+/// The integer that marks a weight to be escaped.
+pub const ESCAPED: i32 = i32::MAX;
+
+/// Adding and subtracting this rounds an `f32` below 2^22 to the nearest integer, ties to even.
+const ROUND: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn round(x: f32) -> i32 {
+    (x + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+}
+
+/// The INT8 integer of `value`, whose scale is `scale` (0 where all weights are 0).
+#[inline(always)]
+pub fn int8(value: f32, scale: f32) -> i8 {
+    if scale == 0.0 { 0 } else { round((value / scale).clamp(-127.0, 127.0)) as i8 }
+}
+
+/// The scale that takes magnitude `max` to 127.
+#[inline(always)]
+pub fn int8_scale(max: f32) -> f32 {
+    max / 127.0
+}
+
+/// The rate-coded integer of `value`, or [`ESCAPED`].
+#[inline(always)]
+pub fn rate(value: f32, step: f32) -> i32 {
+    let x = value / step;
+    // Not `>=`: NaN escapes too.
+    if x.abs() < RATE_LIMIT { round(x) } else { ESCAPED }
+}
+
+/// Scales of the weights of one rectangle.
+#[derive(Clone, Copy, Debug)]
+pub enum Scales<'a> {
+    /// Not quantised.
+    None,
+    /// One for all.
+    One(f32),
+    /// One for each row: little-endian `f32`s.
+    Rows(&'a [u8]),
+}
+
+impl<'a> Scales<'a> {
+    /// The part of a matrix's scales (`bytes`, little-endian `f32`s in layout order) that covers `rect` in tile `tile`.
+    /// Missing scales read as zero.
+    pub fn of(layout: ScaleLayout, bytes: &'a [u8], tile: usize, rect: &Rect) -> Scales<'a> {
+        match layout {
+            ScaleLayout::None => Scales::None,
+            ScaleLayout::Matrix => Scales::One(read_f32(bytes, 0)),
+            ScaleLayout::Tile => Scales::One(read_f32(bytes, tile)),
+            ScaleLayout::Row => Scales::Rows(bytes.get(4 * rect.row..4 * (rect.row + rect.rows)).unwrap_or(&[])),
+        }
+    }
+
+    /// The scale of row `row` of the rectangle.
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> f32 {
+        match self {
+            Scales::None => 1.0,
+            Scales::One(scale) => *scale,
+            Scales::Rows(bytes) => read_f32(bytes, row),
+        }
+    }
+}
+
+fn read_f32(bytes: &[u8], index: usize) -> f32 {
+    let b = bytes.get(4 * index..4 * index + 4).unwrap_or(&[0; 4]);
+    f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+}
+
+/// The value of a BF16, F16 or F32 weight given as its bits.
+#[inline(always)]
+pub fn to_f32(dtype: Dtype, bits: u32) -> f32 {
+    match dtype {
+        Dtype::Bf16 => f32::from_bits(bits << 16),
+        Dtype::F16 => f16::from_bits(bits as u16).to_f32(),
+        _ => f32::from_bits(bits),
+    }
+}
+
+/// The bits of `value` in BF16, F16 or F32, rounded to nearest even.
+#[inline(always)]
+pub fn from_f32(dtype: Dtype, value: f32) -> u32 {
+    match dtype {
+        Dtype::Bf16 => u32::from(bf16::from_f32(value).to_bits()),
+        Dtype::F16 => u32::from(f16::from_f32(value).to_bits()),
+        _ => value.to_bits(),
+    }
+}
+
+/// The BF16 that `bits` (F16 or F32) equals exactly and that restores it bit for bit, if there is one.
+#[inline(always)]
+pub fn narrow(dtype: Dtype, bits: u32) -> Option<u16> {
+    let narrowed = match dtype {
+        Dtype::Bf16 => return Some(bits as u16),
+        Dtype::F32 => (bits >> 16) as u16,
+        _ => (f16::from_bits(bits as u16).to_f32().to_bits() >> 16) as u16,
+    };
+    (widen(dtype, narrowed) == bits).then_some(narrowed)
+}
+
+/// The inverse of [`narrow`]: the bits in `dtype` of a BF16.
+#[inline(always)]
+pub fn widen(dtype: Dtype, narrowed: u16) -> u32 {
+    match dtype {
+        Dtype::Bf16 => u32::from(narrowed),
+        Dtype::F32 => u32::from(narrowed) << 16,
+        _ => u32::from(f16::from_f32(f32::from_bits(u32::from(narrowed) << 16)).to_bits()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        for (x, q) in [(0.5, 0), (1.5, 2), (-0.5, 0), (-1.5, -2), (2.49, 2), (1_000_000.4, 1_000_000)] {
+            assert_eq!(rate(x, 1.0), q);
+        }
+        for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2e6] {
+            assert_eq!(rate(x, 1.0), ESCAPED);
+        }
+        assert_eq!(rate(1.0, 0.0), ESCAPED);
+        assert_eq!(int8(3.0, 0.0), 0);
+        assert_eq!((int8(1e30, 1e-3), int8(-5.0, int8_scale(5.0))), (127, -127));
+    }
+
+    #[test]
+    fn narrowing_restores_every_f16_that_it_accepts() {
+        let mut accepted = 0;
+        for bits in 0..=0xffffu32 {
+            if let Some(n) = narrow(Dtype::F16, bits) {
+                assert_eq!(widen(Dtype::F16, n), bits);
+                accepted += 1;
+            }
+        }
+        // 8 of 11 significant bits: an eighth of the normal numbers, and some more below.
+        assert!(accepted > 8_000, "{accepted}");
+        assert_eq!(narrow(Dtype::F32, 0x3f80_0001), None);
+        assert_eq!(narrow(Dtype::F32, 0x8000_0000), Some(0x8000));
+        assert_eq!(narrow(Dtype::F32, 0x7fc0_0000), Some(0x7fc0));
+    }
+}

@@ -1,0 +1,282 @@
+//! Decoding on the CPU: one scalar truth, faster backends that equal it byte for byte, and the choice between them.
+//!
+//! A backend does two things: it turns rANS words into the class plane, and it joins a plane of BF16 classes with raw
+//! bits and escapes. All other kinds share [`crate::codec::band`]'s loops, compiled once more for the backend's vector
+//! units. All `unsafe` of this layer is in the backend files, behind one safe door each.
+
+use std::sync::OnceLock;
+
+use crate::codec::band::{self, Band, ESCAPE_COUNT, Scratch, UNFINISHED};
+use crate::codec::geometry::padded;
+use crate::codec::{Coding, Kind};
+use crate::{Error, Result};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+/// A set of CPU instructions to decode with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// Portable Rust, the truth.
+    Scalar,
+    /// x86-64 with AVX2.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ, VL, VBMI and VBMI2 (Ice Lake, Zen 4 and later).
+    Avx512,
+    /// AArch64.
+    Neon,
+}
+
+impl Backend {
+    /// All backends, slowest first.
+    pub const ALL: [Backend; 4] = [Backend::Scalar, Backend::Neon, Backend::Avx2, Backend::Avx512];
+
+    /// The name that `TAPER_CPU` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::Scalar => "scalar",
+            Backend::Avx2 => "avx2",
+            Backend::Avx512 => "avx512",
+            Backend::Neon => "neon",
+        }
+    }
+
+    /// True if this machine has the instructions.
+    pub fn available(self) -> bool {
+        match self {
+            Backend::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512 => avx512::available(),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The backend in use: what the environment variable `TAPER_CPU` (`scalar`, `avx2`, `avx512` or `neon`) asks for,
+    /// or the fastest that the machine has.
+    ///
+    /// # Errors
+    /// If `TAPER_CPU` names no backend, or one that this machine lacks.
+    pub fn current() -> Result<Backend> {
+        static CHOICE: OnceLock<std::result::Result<Backend, String>> = OnceLock::new();
+        let choice = CHOICE.get_or_init(|| match std::env::var("TAPER_CPU") {
+            Err(_) => Ok(Backend::best()),
+            Ok(name) if name.is_empty() => Ok(Backend::best()),
+            Ok(name) => match Backend::ALL.into_iter().find(|b| b.name() == name) {
+                Some(backend) if backend.available() => Ok(backend),
+                Some(_) => Err(format!("TAPER_CPU={name}: this machine does not have these instructions")),
+                None => Err(format!("TAPER_CPU={name}: allowed are scalar, avx2, avx512 and neon")),
+            },
+        });
+        choice.clone().map_err(Error::Unsupported)
+    }
+
+    fn best() -> Backend {
+        Backend::ALL.into_iter().rev().find(|b| b.available()).unwrap_or(Backend::Scalar)
+    }
+}
+
+/// Decodes one band into rows of `stride` bytes at `out`, as [`band::decode`] does.
+///
+/// # Errors
+/// If `out` is too short, or the stream does not end as it must; `out` then holds wrong weights.
+pub fn decode_band(
+    backend: Backend,
+    band: &Band,
+    scratch: &mut Scratch,
+    out: &mut [u8],
+    stride: usize,
+) -> Result<()> {
+    let row = band.cols * band.plan.value_bytes();
+    if stride < row || out.len() < stride * (band.rows - 1) + row {
+        return Err(Error::Invalid(format!(
+            "a band of {} rows of {row} bytes, {stride} bytes apart, does not fit into {} bytes",
+            band.rows,
+            out.len()
+        )));
+    }
+    if backend == Backend::Scalar || band.plan.class_bits == 0 {
+        return band::decode(band, scratch, out, stride);
+    }
+    let finished = match band.plan.coding {
+        Coding::Plain => true,
+        Coding::Rans => {
+            scratch.plane.clear();
+            scratch.plane.resize(band.plan.symbols(band.weights()), 0);
+            rans(backend, band, &mut scratch.plane)
+        }
+    };
+    let joined = match band.plan.kind {
+        Kind::Bf16 => join_bf16(backend, band, scratch, out, stride),
+        _ => {
+            fill_classes(band, scratch);
+            join(backend, band, scratch, out, stride)
+        }
+    };
+    if finished { joined } else { Err(UNFINISHED) }
+}
+
+/// One class for each weight from the class plane.
+fn fill_classes(band: &Band, scratch: &mut Scratch) {
+    let n = band.weights();
+    scratch.classes.clear();
+    scratch.classes.resize(padded(n), 0);
+    match band.plan.coding {
+        Coding::Rans => band::unpack_symbols(band.plan, &scratch.plane, &mut scratch.classes),
+        Coding::Plain => {
+            scratch.codes.clear();
+            scratch.codes.resize(n, 0);
+            crate::codec::planes::unpack_field(band.bytes.coded, band.plan.class_bits, &mut scratch.codes);
+            scratch.classes.iter_mut().zip(&scratch.codes).for_each(|(class, &c)| *class = c as u8);
+        }
+    }
+}
+
+/// Decodes all symbols of a band; false if the stream does not end as it must.
+fn rans(backend: Backend, band: &Band, plane: &mut [u8]) -> bool {
+    match backend {
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 => avx2::rans(band.bytes.coded, band.table, plane),
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 => avx512::rans(band.bytes.coded, band.table, plane),
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => neon::rans(band.bytes.coded, band.table, plane),
+        _ => {
+            let mut decoder = crate::codec::rans::Decoder::new(band.bytes.coded);
+            decoder.decode(band.table, plane);
+            decoder.finished()
+        }
+    }
+}
+
+fn join(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+    match backend {
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 => avx2::join(band, scratch, out, stride),
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 => avx512::join(band, scratch, out, stride),
+        _ => band::join(band, scratch, out, stride),
+    }
+}
+
+/// BF16 classes, raw bytes and escapes to weights.
+fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+    let plane = match band.plan.coding {
+        Coding::Plain => band.bytes.coded,
+        Coding::Rans => &scratch.plane,
+    };
+    let cols = band.cols;
+    let mut join = Bf16Join {
+        class_bits: band.plan.class_bits,
+        map: &band.plan.map.values,
+        plane,
+        high_plane: plane.len().min(band.weights().div_ceil(4)),
+        raw: band.bytes.raw,
+        escapes: band.bytes.escapes,
+        missing: false,
+    };
+    if cols % 64 == 0 {
+        for row in 0..band.rows {
+            join.run(backend, row * cols, &mut out[row * stride..row * stride + 2 * cols]);
+        }
+    } else {
+        scratch.bytes.clear();
+        scratch.bytes.resize(2 * band.weights(), 0);
+        join.run(backend, 0, &mut scratch.bytes);
+        for (row, weights) in scratch.bytes.chunks_exact(2 * cols).enumerate() {
+            out[row * stride..row * stride + 2 * cols].copy_from_slice(weights);
+        }
+    }
+    if join.missing || !join.escapes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
+}
+
+/// The state of joining BF16 weights: where the planes lie, and the escapes not yet taken.
+struct Bf16Join<'a> {
+    class_bits: u32,
+    map: &'a [u8; 16],
+    /// Classes: a 4-bit plane, or a 2-bit plane with a 1-bit plane behind it at `high_plane`.
+    plane: &'a [u8],
+    high_plane: usize,
+    raw: &'a [u8],
+    escapes: &'a [u8],
+    missing: bool,
+}
+
+impl Bf16Join<'_> {
+    /// Writes the weights from `first` (a multiple of 64) on, as many as `out` holds.
+    fn run(&mut self, backend: Backend, first: usize, out: &mut [u8]) {
+        match backend {
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 => avx2::join_bf16(self, first, out),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512 => avx512::join_bf16(self, first, out),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon => neon::join_bf16(self, first, out),
+            _ => unreachable!("the scalar backend has its own path"),
+        }
+    }
+
+    /// The class that marks an escape.
+    #[inline(always)]
+    fn escape(&self) -> u8 {
+        (1 << self.class_bits) - 1
+    }
+
+    /// The next `count` escape bytes, zeros where they are missing, in a buffer of 64.
+    #[inline(always)]
+    fn take_escapes(&mut self, count: usize) -> [u8; 64] {
+        let mut buffer = [0; 64];
+        let have = count.min(self.escapes.len());
+        self.missing |= have < count;
+        if let Some(full) = self.escapes.first_chunk::<64>() {
+            buffer = *full;
+        } else {
+            buffer[..have].copy_from_slice(&self.escapes[..have]);
+        }
+        self.escapes = &self.escapes[have..];
+        buffer
+    }
+
+    /// Puts escape bytes where `mask` has a bit, in order. For vector units without an expand instruction.
+    #[inline(always)]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+    fn patch<const N: usize>(&mut self, mut mask: u64, high: &mut [u8; N]) {
+        while mask != 0 {
+            let value = match self.escapes.split_first() {
+                Some((&value, rest)) => {
+                    self.escapes = rest;
+                    value
+                }
+                None => {
+                    self.missing = true;
+                    0
+                }
+            };
+            high[mask.trailing_zeros() as usize % N] = value;
+            mask &= mask - 1;
+        }
+    }
+}
+
+/// `N` bytes of `bytes` from `at` on, zeros behind its end.
+#[inline(always)]
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+fn load<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let rest = bytes.get(at..).unwrap_or(&[]);
+    match rest.first_chunk::<N>() {
+        Some(full) => *full,
+        None => {
+            let mut partial = [0; N];
+            partial[..rest.len()].copy_from_slice(rest);
+            partial
+        }
+    }
+}

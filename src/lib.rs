@@ -1,0 +1,11 @@
+//! candle-taper
+#![deny(missing_docs)]
+pub mod codec;
+pub mod cpu;
+mod error;
+pub mod format;
+pub mod matrix;
+pub use codec::{Dtype, Kind, Predictor, ScaleLayout, plan::Stage};
+pub use cpu::Backend;
+pub use error::{Error, Result};
+pub use matrix::{Codec, CompressedMatrix, Options, compress};

@@ -1,0 +1,26 @@
+//! One matrix in memory: compress it, and read all or part of it back.
+//!
+//! ```
+//! use candle_taper::{CompressedMatrix, Dtype, Options};
+//!
+//! let weights: Vec<u8> = (0..512 * 512u32).flat_map(|i| (0x3c00 + (i * i % 509) as u16).to_le_bytes()).collect();
+//! let bytes = candle_taper::compress(&weights, Dtype::Bf16, 512, 512, &Options::default())?;
+//! assert!(bytes.len() < weights.len());
+//!
+//! let matrix = CompressedMatrix::open(&bytes)?;
+//! assert_eq!(matrix.decode()?, weights);
+//! assert_eq!(matrix.decode_rows(7..8)?, weights[7 * 1024..8 * 1024]);
+//! # Ok::<(), candle_taper::Error>(())
+//! ```
+
+mod analyse;
+mod decode;
+mod encode;
+mod options;
+mod rate;
+mod source;
+
+pub use decode::CompressedMatrix;
+pub use encode::{EncodeReport, MatrixEncoder, compress};
+pub use options::{Codec, Options};
+pub use source::Source;
