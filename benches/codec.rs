@@ -1,2 +1,67 @@
-//! stub
-fn main(){}
+//! Speed of the codec on one core, and of an INT8 layer on all: `cargo bench`.
+//!
+//! Decode rates are weights a second. `matrix` decodes 4096×4096 weights to memory; `strip` decodes one row of tiles
+//! again and again into a buffer that stays in cache, as the fused layers do.
+#![allow(missing_docs)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use candle_taper::{Backend, Codec, CompressedMatrix, Dtype, Options, Stage, compress};
+use common::{Shape, weights};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+
+const STAGES: [Stage; 3] = [Stage::Rans, Stage::Fixed12, Stage::Fixed11];
+
+fn one_thread() -> rayon::ThreadPool {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap()
+}
+
+fn decode(c: &mut Criterion) {
+    let pool = one_thread();
+    for (place, rows, cols) in [("strip", 256, 4096), ("matrix", 4096, 4096)] {
+        let data = weights(Shape::Scaled, Dtype::Bf16, rows, cols, 1);
+        let mut group = c.benchmark_group(format!("decode/{place}"));
+        group.throughput(Throughput::Elements((rows * cols) as u64)).sample_size(20);
+        let mut out = vec![0; data.len()];
+        let int8 = Options { codec: Codec::Int8, ..Options::default() };
+        let rate = Options { codec: Codec::Rate { bits: 3.5 }, ..Options::default() };
+        let lossless = STAGES.map(|stage| (stage.name(), Options { stage, ..Options::default() }));
+        for (name, options) in lossless.into_iter().chain([("int8", int8), ("rate3.5", rate)]) {
+            let stream = compress(&data, Dtype::Bf16, rows, cols, &options).unwrap();
+            for backend in Backend::ALL.into_iter().filter(|b| b.available()) {
+                let matrix = CompressedMatrix::open(&stream).unwrap().with_backend(backend);
+                group.bench_function(BenchmarkId::new(name, backend.name()), |b| {
+                    b.iter(|| pool.install(|| matrix.decode_rows_into(0..rows, black_box(&mut out)).unwrap()));
+                });
+            }
+        }
+        group.bench_function("memcpy", |b| b.iter(|| out.copy_from_slice(black_box(&data))));
+    }
+}
+
+fn encode(c: &mut Criterion) {
+    let pool = one_thread();
+    let (rows, cols) = (2048, 2048);
+    let mut group = c.benchmark_group("encode");
+    group.sample_size(10);
+    for (name, options) in STAGES.map(|stage| (stage.name(), Options { stage, ..Options::default() })) {
+        let data = weights(Shape::Scaled, Dtype::Bf16, rows, cols, 1);
+        group.throughput(Throughput::Bytes(data.len() as u64));
+        group.bench_function(BenchmarkId::new("bf16 one core", name), |b| {
+            b.iter(|| pool.install(|| compress(&data, Dtype::Bf16, rows, cols, &options).unwrap()));
+        });
+    }
+    let data = weights(Shape::Scaled, Dtype::Bf16, 2048, 5632, 1);
+    for (name, codec) in [("int8", Codec::Int8), ("rate3.5", Codec::Rate { bits: 3.5 })] {
+        let options = Options { codec, ..Options::default() };
+        group.throughput(Throughput::Bytes(data.len() as u64));
+        group.bench_function(BenchmarkId::new("2048x5632 all cores", name), |b| {
+            b.iter(|| compress(&data, Dtype::Bf16, 2048, 5632, &options).unwrap());
+        });
+    }
+}
+
+criterion_group!(benches, decode, encode);
+criterion_main!(benches);

@@ -4,6 +4,7 @@ pub mod codec;
 pub mod cpu;
 mod error;
 pub mod format;
+pub mod inspect;
 pub mod matrix;
 pub use codec::{Dtype, Kind, Predictor, ScaleLayout, plan::Stage};
 pub use cpu::Backend;

@@ -34,7 +34,8 @@ fn decode_everywhere(stream: &[u8]) -> Vec<u8> {
 #[test]
 fn every_pattern_of_every_dtype_survives() {
     let patterns16: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-    let patterns32: Vec<u8> = (0..=u16::MAX).flat_map(|p| (u32::from(p).wrapping_mul(65_537) ^ 0x55).to_le_bytes()).collect();
+    let patterns32: Vec<u8> =
+        (0..=u16::MAX).flat_map(|p| (u32::from(p).wrapping_mul(65_537) ^ 0x55).to_le_bytes()).collect();
     for stage in STAGES {
         for (dtype, data) in [(Dtype::Bf16, &patterns16), (Dtype::F16, &patterns16), (Dtype::F32, &patterns32)] {
             let stream = compress(data, dtype, 256, 256, &lossless(stage)).unwrap();
@@ -69,7 +70,9 @@ fn every_pattern_survives_among_common_weights() {
 
 #[test]
 fn shapes_at_every_edge_survive() {
-    for (rows, cols) in [(1, 1), (1, 2), (2, 1), (1, 600), (600, 1), (63, 65), (64, 64), (65, 63), (255, 257), (256, 256)] {
+    for (rows, cols) in
+        [(1, 1), (1, 2), (2, 1), (1, 600), (600, 1), (63, 65), (64, 64), (65, 63), (255, 257), (256, 256)]
+    {
         for dtype in DTYPES {
             for stage in STAGES {
                 for shape in [Shape::Gaussian, Shape::Specials, Shape::Noise] {

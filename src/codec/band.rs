@@ -93,6 +93,7 @@ pub struct BandCodes<'a> {
 }
 
 /// The class of each code; for escapes the escape class. Fills `classes` to the padded length.
+#[inline(always)]
 pub fn classify(plan: &Plan, codes: &[u32], classes: &mut Vec<u8>) {
     let filler = match plan.kind {
         Kind::Rate => plan.rate_bias() as u8,
@@ -117,6 +118,7 @@ pub fn classify(plan: &Plan, codes: &[u32], classes: &mut Vec<u8>) {
 }
 
 /// Packs classes into symbols: pairs for 4-bit classes (the first weight in the low nibble), bytes for others.
+#[inline(always)]
 pub fn symbols(plan: &Plan, classes: &[u8], plane: &mut Vec<u8>) {
     plane.clear();
     match plan.class_bits {
@@ -126,6 +128,7 @@ pub fn symbols(plan: &Plan, classes: &[u8], plane: &mut Vec<u8>) {
 }
 
 /// Appends a band's bytes to `out`: classes, raw planes and escapes, each padded to 16 bytes.
+#[inline(always)]
 pub fn encode(
     plan: &Plan,
     table: Option<&EncodeTable>,
@@ -231,9 +234,10 @@ pub fn decode(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize)
 pub(crate) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
     let n = band.weights();
     let Scratch { classes, codes, bytes, .. } = scratch;
-    codes.clear();
-    codes.resize(n, 0);
-    planes::unpack_field(band.bytes.raw, band.plan.raw_bits, codes);
+    if band.plan.kind != Kind::Int8 || band.plan.raw_bits > 0 {
+        codes.resize(n, 0);
+        planes::unpack_field(band.bytes.raw, band.plan.raw_bits, codes);
+    }
     let mut left = Escapes { bytes: band.bytes.escapes, width: band.plan.kind.escape_bytes(), missing: false };
     let classes = &mut classes[..n];
     match band.plan.kind {
@@ -284,7 +288,9 @@ fn high_parts(band: &Band, classes: &mut [u8], escapes: &mut Escapes) {
 
 #[inline(always)]
 fn join_float(band: &Band, classes: &mut [u8], codes: &mut [u32], escapes: &mut Escapes) {
-    let Some(float) = band.plan.float_bits() else { return };
+    let Some(float) = band.plan.float_bits() else {
+        return;
+    };
     if band.plan.class_bits == 0 {
         return; // the raw bits are the code
     }

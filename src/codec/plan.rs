@@ -145,8 +145,12 @@ impl Plan {
             return Err(Error::field("stage", got, "0-, 3- or 4-bit plain, 4-bit rans, 8-bit rans for int8 and rate"));
         }
         match self.fixed_raw_bits() {
-            Some(bits) if bits != self.raw_bits => return Err(Error::field("raw bits", self.raw_bits, bits)),
-            None if self.raw_bits > 7 => return Err(Error::field("raw bits", self.raw_bits, "0..=7")),
+            Some(bits) if bits != self.raw_bits => {
+                return Err(Error::field("raw bits", self.raw_bits, bits));
+            }
+            None if self.raw_bits > 7 => {
+                return Err(Error::field("raw bits", self.raw_bits, "0..=7"));
+            }
             _ => {}
         }
         let lossless = [Kind::of(self.dtype)].contains(&self.kind) && self.scale == ScaleLayout::None;

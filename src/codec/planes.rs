@@ -42,9 +42,8 @@ pub fn pack(n: usize, width: u32, out: &mut Vec<u8>, value: impl Fn(usize) -> u3
 fn pack_part<const WIDTH: usize>(n: usize, out: &mut Vec<u8>, value: impl Fn(usize) -> u32) {
     let per = 8 / WIDTH;
     let mask = (1u32 << WIDTH) - 1;
-    let byte = |first: usize, count: usize| {
-        (0..count).fold(0u8, |b, k| b | ((value(first + k) & mask) << (k * WIDTH)) as u8)
-    };
+    let byte =
+        |first: usize, count: usize| (0..count).fold(0u8, |b, k| b | ((value(first + k) & mask) << (k * WIDTH)) as u8);
     out.extend((0..n / per).map(|j| byte(j * per, per)));
     if n % per != 0 {
         out.push(byte(n / per * per, n % per));

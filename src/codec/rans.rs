@@ -64,7 +64,9 @@ pub fn encode(symbols: &[u8], table: &EncodeTable, words: &mut Vec<u16>, out: &m
     }
     out.extend(states.iter().flat_map(|x| x.to_le_bytes()));
     // `words[at]` is the place of the next word, still free.
-    out.extend(words[at + 1..].iter().flat_map(|w| w.to_le_bytes()));
+    let (words, start) = (&words[at + 1..], out.len());
+    out.resize(start + 2 * words.len(), 0);
+    out[start..].chunks_exact_mut(2).zip(words).for_each(|(bytes, word)| bytes.copy_from_slice(&word.to_le_bytes()));
     true
 }
 

@@ -96,7 +96,7 @@ pub fn log2(x: u64) -> u64 {
 /// Order-0 entropy of counts times their sum, in 2^-16 bits.
 pub fn entropy_bits(counts: &[u64; 256]) -> u64 {
     let total: u64 = counts.iter().sum();
-    counts.iter().filter(|&&c| c > 0).map(|&c| c * (log2(total) - log2(c))).sum()
+    total * log2(total) - counts.iter().filter(|&&c| c > 0).map(|&c| c * log2(c)).sum::<u64>()
 }
 
 /// Gives one slot to the symbol that gains most. With a single symbol at 4095 the last slot goes to any other.
@@ -249,7 +249,9 @@ mod tests {
             let symbol = EncodeTable::new(&FreqTable(freqs)).0[9];
             let f = 4096 - freq;
             let limit = u64::from(f) << 20;
-            for x in [1 << 16, (1 << 16) + 1, limit - 1, limit / 2, limit / 3, u64::from(f) * 70_001, limit - u64::from(f)] {
+            for x in
+                [1 << 16, (1 << 16) + 1, limit - 1, limit / 2, limit / 3, u64::from(f) * 70_001, limit - u64::from(f)]
+            {
                 let x = (x.clamp(1 << 16, limit - 1)) as u32;
                 assert_eq!(super::super::rans::push(x, symbol), (x / f << 12) + x % f + freq, "f {f} x {x}");
             }

@@ -4,8 +4,6 @@
 use std::arch::x86_64::*;
 
 use super::{Bf16Join, load};
-use crate::Result;
-use crate::codec::band::{self, Band, Scratch};
 use crate::codec::rans::{Decoder, LANES};
 use crate::codec::table::DecodeTable;
 
@@ -89,15 +87,16 @@ fn rans_avx2(coded: &[u8], table: &DecodeTable, plane: &mut [u8]) -> bool {
     decoder.finished()
 }
 
-/// [`band::join`], compiled for AVX2.
-pub(super) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+/// Runs `f`, compiled for these instructions where it is inlined.
+#[inline(always)]
+pub(super) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[target_feature(enable = "avx2,popcnt,bmi1")]
-    fn inner(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
-        band::join(band, scratch, out, stride)
+    fn inner<R>(f: impl FnOnce() -> R) -> R {
+        f()
     }
     assert!(available());
     // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { inner(band, scratch, out, stride) }
+    unsafe { inner(f) }
 }
 
 /// Joins the BF16 weights from `first` on, as many as `out` holds.
@@ -132,9 +131,8 @@ fn join_bf16_avx2(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
             high = unsafe { _mm256_loadu_si256(patched.as_ptr().cast()) };
         }
         // Upper byte: sign, then seven exponent bits. Lower byte: the last exponent bit, then the mantissa.
-        let select = |ones, zeros| {
-            _mm256_or_si256(_mm256_and_si256(mantissa, ones), _mm256_andnot_si256(mantissa, zeros))
-        };
+        let select =
+            |ones, zeros| _mm256_or_si256(_mm256_and_si256(mantissa, ones), _mm256_andnot_si256(mantissa, zeros));
         let upper = select(_mm256_srli_epi16::<1>(high), raw);
         let lower = select(raw, _mm256_slli_epi16::<7>(high));
         let (even, odd) = (_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper));

@@ -4,8 +4,6 @@
 use std::arch::x86_64::*;
 
 use super::{Bf16Join, load};
-use crate::Result;
-use crate::codec::band::{self, Band, Scratch};
 use crate::codec::rans::{Decoder, LANES, LOW};
 use crate::codec::table::DecodeTable;
 
@@ -20,68 +18,106 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("popcnt")
 }
 
-/// Decodes `plane.len()` symbols of a coded substream; false if it does not end as it must.
-pub(super) fn rans(coded: &[u8], table: &DecodeTable, plane: &mut [u8]) -> bool {
+/// Decodes the symbols of `N` coded substreams side by side, so that one's latencies hide the other's; for each of them
+/// false if it does not end as it must.
+pub(super) fn rans<const N: usize>(coded: [&[u8]; N], table: &DecodeTable, planes: [&mut [u8]; N]) -> [bool; N] {
     assert!(available());
     // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { rans_avx512(coded, table, plane) }
+    unsafe { rans_avx512(coded, table, planes) }
+}
+
+/// A substream in registers.
+struct Stream<'a> {
+    low: __m512i,
+    high: __m512i,
+    words: &'a [u8],
+    /// Bytes of `words` taken.
+    at: usize,
+}
+
+impl Stream<'_> {
+    /// A step takes at most 32 words. The last steps, near the end of the words, are left to the scalar decoder.
+    #[inline(always)]
+    fn ready(&self) -> bool {
+        self.at + 2 * LANES <= self.words.len()
+    }
+
+    /// One symbol in each lane.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+    #[inline]
+    fn step(&mut self, table: &DecodeTable, out: &mut [u8; LANES]) {
+        debug_assert!(self.ready());
+        for (x, out) in [&mut self.low, &mut self.high].into_iter().zip(out.chunks_exact_mut(16)) {
+            // SAFETY: table slots are masked to 12 bits; the words read lie within `words`, as the first half takes at
+            // most 16 of the 32 that are there; `out` has 16 bytes.
+            unsafe {
+                let slot = _mm512_and_si512(*x, _mm512_set1_epi32(0xfff));
+                let entry = _mm512_i32gather_epi32::<4>(slot, table.0.as_ptr().cast());
+                _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(entry));
+                let freq = _mm512_and_si512(_mm512_srli_epi32::<8>(entry), _mm512_set1_epi32(0xfff));
+                let y = _mm512_mullo_epi32(freq, _mm512_srli_epi32::<12>(*x));
+                let y = _mm512_add_epi32(y, _mm512_srli_epi32::<20>(entry));
+                let short = _mm512_cmplt_epu32_mask(y, _mm512_set1_epi32(LOW as i32));
+                let next = _mm512_cvtepu16_epi32(_mm256_loadu_si256(self.words.as_ptr().add(self.at).cast()));
+                let y = _mm512_mask_slli_epi32::<16>(y, short, y);
+                self.at += 2 * short.count_ones() as usize;
+                *x = _mm512_or_si512(y, _mm512_maskz_expand_epi32(short, next));
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-fn rans_avx512(coded: &[u8], table: &DecodeTable, plane: &mut [u8]) -> bool {
-    let mut decoder = Decoder::new(coded);
-    let words = decoder.words;
-    let mut steps = plane.chunks_exact_mut(LANES);
-    // SAFETY: the states are 32 u32s, two vectors.
-    let (mut low, mut high) = unsafe {
-        (_mm512_loadu_si512(decoder.states.as_ptr().cast()), _mm512_loadu_si512(decoder.states.as_ptr().add(16).cast()))
-    };
-    let mut at = 0;
-    // A step takes at most 32 words. The last steps, near the end of the words, are left to the scalar decoder.
-    while at + 2 * LANES <= words.len()
-        && let Some(out) = steps.next()
-    {
-        // SAFETY: table slots are masked to 12 bits; the words read lie within `words`, as the first half takes at most
-        // 16 of the 32 that are there; `out` has 32 bytes.
-        unsafe {
-            let mut half = |x: __m512i, out: *mut u8| {
-                let slot = _mm512_and_si512(x, _mm512_set1_epi32(0xfff));
-                let entry = _mm512_i32gather_epi32::<4>(slot, table.0.as_ptr().cast());
-                _mm_storeu_si128(out.cast(), _mm512_cvtepi32_epi8(entry));
-                let freq = _mm512_and_si512(_mm512_srli_epi32::<8>(entry), _mm512_set1_epi32(0xfff));
-                let x = _mm512_mullo_epi32(freq, _mm512_srli_epi32::<12>(x));
-                let x = _mm512_add_epi32(x, _mm512_srli_epi32::<20>(entry));
-                let short = _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32(LOW as i32));
-                let next = _mm512_cvtepu16_epi32(_mm256_loadu_si256(words.as_ptr().add(at).cast()));
-                let x = _mm512_mask_slli_epi32::<16>(x, short, x);
-                at += 2 * short.count_ones() as usize;
-                _mm512_or_si512(x, _mm512_maskz_expand_epi32(short, next))
-            };
-            low = half(low, out.as_mut_ptr());
-            high = half(high, out.as_mut_ptr().add(16));
+fn rans_avx512<const N: usize>(coded: [&[u8]; N], table: &DecodeTable, mut planes: [&mut [u8]; N]) -> [bool; N] {
+    let mut decoders = coded.map(Decoder::new);
+    let mut streams: [Stream; N] = std::array::from_fn(|i| {
+        let Decoder { states, words, .. } = &decoders[i];
+        // SAFETY: the states are 32 u32s, two vectors.
+        let load = |at: usize| unsafe { _mm512_loadu_si512(states.as_ptr().add(at).cast()) };
+        Stream { low: load(0), high: load(16), words, at: 0 }
+    });
+    let steps = planes.iter().map(|plane| plane.len() / LANES).min().unwrap_or(0);
+    let mut done = 0;
+    while done < steps && streams.iter().all(Stream::ready) {
+        for (stream, plane) in streams.iter_mut().zip(&mut planes) {
+            if let Some(out) = plane[LANES * done..].first_chunk_mut() {
+                stream.step(table, out);
+            }
         }
+        done += 1;
     }
-    // SAFETY: as for the load.
-    unsafe {
-        _mm512_storeu_si512(decoder.states.as_mut_ptr().cast(), low);
-        _mm512_storeu_si512(decoder.states.as_mut_ptr().add(16).cast(), high);
-    }
-    decoder.taken = at / 2;
-    for out in steps {
-        decoder.decode(table, out);
-    }
-    decoder.finished()
+    // What one substream has left when another is through.
+    std::array::from_fn(|i| {
+        let (stream, decoder) = (&mut streams[i], &mut decoders[i]);
+        let mut rest = planes[i][LANES * done..].chunks_exact_mut(LANES);
+        while stream.ready()
+            && let Some(out) = rest.next()
+        {
+            if let Some(out) = out.first_chunk_mut() {
+                stream.step(table, out);
+            }
+        }
+        // SAFETY: as for the load.
+        unsafe {
+            _mm512_storeu_si512(decoder.states.as_mut_ptr().cast(), stream.low);
+            _mm512_storeu_si512(decoder.states.as_mut_ptr().add(16).cast(), stream.high);
+        }
+        decoder.taken = stream.at / 2;
+        rest.for_each(|out| decoder.decode(table, out));
+        decoder.finished()
+    })
 }
 
-/// [`band::join`], compiled for AVX-512.
-pub(super) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+/// Runs `f`, compiled for these instructions where it is inlined.
+#[inline(always)]
+pub(super) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-    fn inner(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
-        band::join(band, scratch, out, stride)
+    fn inner<R>(f: impl FnOnce() -> R) -> R {
+        f()
     }
     assert!(available());
     // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { inner(band, scratch, out, stride) }
+    unsafe { inner(f) }
 }
 
 /// Joins the BF16 weights from `first` on, as many as `out` holds.

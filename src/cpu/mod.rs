@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use crate::codec::band::{self, Band, ESCAPE_COUNT, Scratch, UNFINISHED};
 use crate::codec::geometry::padded;
-use crate::codec::{Coding, Kind};
+use crate::codec::{Coding, Dtype, Kind};
 use crate::{Error, Result};
 
 #[cfg(target_arch = "x86_64")]
@@ -88,9 +88,55 @@ impl Backend {
 ///
 /// # Errors
 /// If `out` is too short, or the stream does not end as it must; `out` then holds wrong weights.
-pub fn decode_band(
+pub fn decode_band(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+    let [finished] = symbols(backend, [band], [scratch]);
+    join(backend, band, finished, scratch, out, stride)
+}
+
+/// The first half of decoding: rANS words of some bands of one matrix to their class planes, which wait in `scratch`.
+/// For each band true if its stream ended as it must. Several bands at once hide each other's latencies.
+pub fn symbols<const N: usize>(backend: Backend, bands: [&Band; N], scratch: [&mut Scratch; N]) -> [bool; N] {
+    let Some(first) = bands.first() else {
+        return [true; N];
+    };
+    // Without a vector unit the scalar decoder does both halves at once.
+    if backend == Backend::Scalar || first.plan.coding == Coding::Plain {
+        return [true; N];
+    }
+    let mut bands_left = bands.iter();
+    let planes = scratch.map(|scratch| {
+        let symbols = bands_left.next().map_or(0, |band| band.plan.symbols(band.weights()));
+        scratch.plane.resize(symbols, 0);
+        &mut scratch.plane[..]
+    });
+    let coded = bands.map(|band| band.bytes.coded);
+    match backend {
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 => avx512::rans(coded, first.table, planes),
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 => each(coded, planes, |coded, plane| avx2::rans(coded, first.table, plane)),
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => each(coded, planes, |coded, plane| neon::rans(coded, first.table, plane)),
+        _ => [true; N],
+    }
+}
+
+/// One substream after the other.
+fn each<const N: usize>(
+    coded: [&[u8]; N],
+    planes: [&mut [u8]; N],
+    decode: impl Fn(&[u8], &mut [u8]) -> bool,
+) -> [bool; N] {
+    let mut coded = coded.into_iter();
+    planes.map(|plane| coded.next().is_some_and(|coded| decode(coded, plane)))
+}
+
+/// The second half of decoding: the class plane of a band, raw bits and escapes to weights, in rows of `stride` bytes at
+/// `out`. `finished` is what [`symbols`] returned.
+pub fn join(
     backend: Backend,
     band: &Band,
+    finished: bool,
     scratch: &mut Scratch,
     out: &mut [u8],
     stride: usize,
@@ -106,25 +152,18 @@ pub fn decode_band(
     if backend == Backend::Scalar || band.plan.class_bits == 0 {
         return band::decode(band, scratch, out, stride);
     }
-    let finished = match band.plan.coding {
-        Coding::Plain => true,
-        Coding::Rans => {
-            scratch.plane.clear();
-            scratch.plane.resize(band.plan.symbols(band.weights()), 0);
-            rans(backend, band, &mut scratch.plane)
-        }
-    };
     let joined = match band.plan.kind {
         Kind::Bf16 => join_bf16(backend, band, scratch, out, stride),
-        _ => {
+        _ => vectorize(backend, || {
             fill_classes(band, scratch);
-            join(backend, band, scratch, out, stride)
-        }
+            band::join(band, scratch, out, stride)
+        }),
     };
     if finished { joined } else { Err(UNFINISHED) }
 }
 
 /// One class for each weight from the class plane.
+#[inline(always)]
 fn fill_classes(band: &Band, scratch: &mut Scratch) {
     let n = band.weights();
     scratch.classes.clear();
@@ -140,30 +179,30 @@ fn fill_classes(band: &Band, scratch: &mut Scratch) {
     }
 }
 
-/// Decodes all symbols of a band; false if the stream does not end as it must.
-fn rans(backend: Backend, band: &Band, plane: &mut [u8]) -> bool {
+/// Runs `f` with its loops compiled for the backend's vector units.
+#[inline(always)]
+pub(crate) fn vectorize<R>(backend: Backend, f: impl FnOnce() -> R) -> R {
     match backend {
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => avx2::rans(band.bytes.coded, band.table, plane),
+        Backend::Avx2 => avx2::vectorize(f),
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => avx512::rans(band.bytes.coded, band.table, plane),
-        #[cfg(target_arch = "aarch64")]
-        Backend::Neon => neon::rans(band.bytes.coded, band.table, plane),
-        _ => {
-            let mut decoder = crate::codec::rans::Decoder::new(band.bytes.coded);
-            decoder.decode(band.table, plane);
-            decoder.finished()
-        }
+        Backend::Avx512 => avx512::vectorize(f),
+        _ => f(),
     }
 }
 
-fn join(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
-    match backend {
-        #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => avx2::join(band, scratch, out, stride),
-        #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => avx512::join(band, scratch, out, stride),
-        _ => band::join(band, scratch, out, stride),
+/// Turns rows of `cols` decoded values of `width` bytes into rows of `dtype`, `stride` bytes apart.
+pub(crate) fn convert(
+    backend: Backend,
+    values: &[u8],
+    cols: usize,
+    width: usize,
+    dtype: Dtype,
+    out: &mut [u8],
+    stride: usize,
+) {
+    for (values, out) in values.chunks_exact(cols * width).zip(out.chunks_mut(stride)) {
+        vectorize(backend, || crate::codec::quant::convert(values, width, dtype, &mut out[..cols * dtype.size()]));
     }
 }
 

@@ -130,7 +130,9 @@ impl Header {
         b[4..6].copy_from_slice(&VERSION.to_le_bytes());
         b[6] = plan.kind as u8;
         b[7] = plan.dtype as u8;
-        for (at, value) in [(8, geometry.rows), (12, geometry.cols), (16, geometry.tile_rows()), (20, geometry.tile_cols())] {
+        for (at, value) in
+            [(8, geometry.rows), (12, geometry.cols), (16, geometry.tile_rows()), (20, geometry.tile_cols())]
+        {
             b[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
         }
         b[24..26].copy_from_slice(&(TILE as u16).to_le_bytes());

@@ -247,8 +247,7 @@ impl<'a> Tile<'a> {
 
     /// The byte ranges of band `index`.
     pub(crate) fn band(&self, plan: &Plan, index: usize) -> BandBytes<'a> {
-        let before: usize =
-            (0..index).map(|b| encoded_bytes(plan, self.rect.band(b).weights(), self.sizes(b))).sum();
+        let before: usize = (0..index).map(|b| encoded_bytes(plan, self.rect.band(b).weights(), self.sizes(b))).sum();
         let sizes = self.sizes(index);
         let mut rest = self.data.get(self.first_band() + before..).unwrap_or(&[]);
         let mut section = |bytes: usize| {

@@ -130,7 +130,9 @@ fn float_plan(kind: Kind, dtype: Dtype, stage: Stage) -> Plan {
 
 /// How often each pair of high parts occurs, as `first | second << 8`. An odd last weight pairs with the commonest.
 fn joint_highs(source: &Source, plan: &Plan) -> Vec<u64> {
-    let Some(float) = plan.float_bits() else { return vec![0; 1 << 16] };
+    let Some(float) = plan.float_bits() else {
+        return vec![0; 1 << 16];
+    };
     let count = |(mut joint, mut buffers): (Vec<u64>, Buffers), tile| {
         let rect = source.geometry.tile(tile);
         for band in 0..rect.bands() {

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use rayon::prelude::*;
 
-use crate::codec::band::Scratch;
-use crate::codec::quant::{from_f32, widen};
+use crate::codec::band::{Band, Scratch};
 use crate::codec::{BAND_ROWS, DecodeTable, Dtype, Geometry, Kind, Plan, Rect, ScaleLayout, TILE};
 use crate::cpu::{self, Backend};
+use crate::format::stream::Tile;
 use crate::format::{Checks, TileStream};
 use crate::{Error, Result};
 
@@ -116,36 +116,60 @@ impl<'a> CompressedMatrix<'a> {
             strips.push((row..end, strip));
             (rest, row) = (after, end);
         }
-        strips.into_par_iter().try_for_each_init(Work::default, |work, (rows, out)| self.decode_strip(rows, out, work))
+        strips
+            .into_par_iter()
+            .try_for_each_init(<[Work; 2]>::default, |work, (rows, out)| self.decode_strip(rows, out, work))
     }
 
-    /// Rows that lie within one band of each tile column.
-    fn decode_strip(&self, rows: Range<usize>, out: &mut [u8], work: &mut Work) -> Result<()> {
-        let geometry = self.geometry();
-        let size = self.dtype().size();
-        let row_bytes = geometry.cols * size;
-        for col in 0..geometry.tile_cols() {
-            let index = rows.start / TILE * geometry.tile_cols() + col;
-            let rect = geometry.tile(index);
-            let band = (rows.start - rect.row) / BAND_ROWS;
-            let part = rect.band(band);
-            let skip = rows.start - part.row;
-            let at = rect.col * size;
-            if skip == 0 && rows.len() == part.rows {
-                self.decode_band(index, band, work, &mut out[at..], row_bytes)?;
-                continue;
+    /// Rows that lie within one band of each tile column. Two columns are decoded side by side.
+    fn decode_strip(&self, rows: Range<usize>, out: &mut [u8], work: &mut [Work; 2]) -> Result<()> {
+        let across = self.geometry().tile_cols();
+        let first = rows.start / TILE * across;
+        let band = rows.start % TILE / BAND_ROWS;
+        let [left, right] = work;
+        for col in (0..across).step_by(2) {
+            if col + 1 < across {
+                let bands = [self.open_band(first + col, band)?, self.open_band(first + col + 1, band)?];
+                let [a, b] = [self.view(&bands[0]), self.view(&bands[1])];
+                let done = cpu::symbols(self.backend, [&a, &b], [&mut left.scratch, &mut right.scratch]);
+                self.place(&bands[0], &a, done[0], &rows, out, left)?;
+                self.place(&bands[1], &b, done[1], &rows, out, right)?;
+            } else {
+                let opened = self.open_band(first + col, band)?;
+                let view = self.view(&opened);
+                let [done] = cpu::symbols(self.backend, [&view], [&mut left.scratch]);
+                self.place(&opened, &view, done, &rows, out, left)?;
             }
-            // Some rows of a band: decode all of it aside.
-            let mut aside = std::mem::take(&mut work.aside);
-            aside.resize(part.weights() * size, 0);
-            let decoded = self.decode_band(index, band, work, &mut aside, part.cols * size);
-            for (row, weights) in aside.chunks_exact(part.cols * size).skip(skip).take(rows.len()).enumerate() {
-                out[row * row_bytes + at..][..weights.len()].copy_from_slice(weights);
-            }
-            work.aside = aside;
-            decoded?;
         }
         Ok(())
+    }
+
+    /// Joins a band and puts those of its weights that lie in `rows` into `out`, which holds those rows.
+    fn place(
+        &self,
+        opened: &OpenBand,
+        view: &Band,
+        finished: bool,
+        rows: &Range<usize>,
+        out: &mut [u8],
+        work: &mut Work,
+    ) -> Result<()> {
+        let size = self.dtype().size();
+        let stride = self.geometry().cols * size;
+        let part = opened.rect;
+        let (skip, at) = (rows.start - part.row, part.col * size);
+        if skip == 0 && rows.len() == part.rows {
+            return self.join(opened, view, finished, work, &mut out[at..], stride);
+        }
+        // Some rows of a band: decode all of it aside.
+        let mut aside = std::mem::take(&mut work.aside);
+        aside.resize(part.weights() * size, 0);
+        let joined = self.join(opened, view, finished, work, &mut aside, part.cols * size);
+        for (row, weights) in aside.chunks_exact(part.cols * size).skip(skip).take(rows.len()).enumerate() {
+            out[row * stride + at..][..weights.len()].copy_from_slice(weights);
+        }
+        work.aside = aside;
+        joined
     }
 
     /// One tile, row by row in the matrix's dtype, and its place in the matrix.
@@ -165,32 +189,51 @@ impl<'a> CompressedMatrix<'a> {
         let stride = rect.cols * self.dtype().size();
         let mut work = Work::default();
         for (band, out) in out.chunks_mut(BAND_ROWS * stride).enumerate().take(rect.bands()) {
-            self.decode_band(index, band, &mut work, out, stride)?;
+            let opened = self.open_band(index, band)?;
+            let view = self.view(&opened);
+            let [done] = cpu::symbols(self.backend, [&view], [&mut work.scratch]);
+            self.join(&opened, &view, done, &mut work, out, stride)?;
         }
         Ok(())
     }
 
-    /// One band (substream) of a tile into rows of `stride` bytes, in the matrix's dtype.
-    fn decode_band(&self, tile: usize, band: usize, work: &mut Work, out: &mut [u8], stride: usize) -> Result<()> {
+    /// Finds a band (substream) of a tile; compares the tile's checksum when it is first used.
+    fn open_band(&self, tile: usize, band: usize) -> Result<OpenBand<'_>> {
         let (byte, bit) = (&self.checked[tile / 8], 1u8 << (tile % 8));
         let fresh = byte.load(Ordering::Relaxed) & bit == 0;
         let opened = self.stream.tile_with(tile, if fresh { Checks::On } else { Checks::Off })?;
         if fresh {
             byte.fetch_or(bit, Ordering::Relaxed);
         }
+        Ok(OpenBand { tile: opened, band, rect: opened.rect.band(band) })
+    }
+
+    fn view<'s>(&'s self, band: &'s OpenBand<'s>) -> Band<'s> {
         let table = self.table.get_or_init(|| self.stream.decode_table());
-        let band = self.stream.band(&opened, band, table);
-        let result = if self.plan().value_bytes() == self.dtype().size() && self.stores_dtype() {
-            cpu::decode_band(self.backend, &band, &mut work.scratch, out, stride)
+        self.stream.band(&band.tile, band.band, table)
+    }
+
+    /// The second half of decoding a band, in the matrix's dtype.
+    fn join(
+        &self,
+        opened: &OpenBand,
+        view: &Band,
+        finished: bool,
+        work: &mut Work,
+        out: &mut [u8],
+        stride: usize,
+    ) -> Result<()> {
+        let result = if self.stores_dtype() {
+            cpu::join(self.backend, view, finished, &mut work.scratch, out, stride)
         } else {
             let width = self.plan().value_bytes();
-            work.values.resize(band.weights() * width, 0);
-            let decoded =
-                cpu::decode_band(self.backend, &band, &mut work.scratch, &mut work.values, band.cols * width);
-            self.convert(&work.values, band.cols, out, stride);
-            decoded
+            work.values.resize(view.weights() * width, 0);
+            let stride_aside = view.cols * width;
+            let joined = cpu::join(self.backend, view, finished, &mut work.scratch, &mut work.values, stride_aside);
+            cpu::convert(self.backend, &work.values, view.cols, width, self.dtype(), out, stride);
+            joined
         };
-        result.map_err(|e| self.stream.in_tile(tile, e))
+        result.map_err(|e| self.stream.in_tile(opened.tile.index, e))
     }
 
     /// True if decoded values are the matrix's own bits already.
@@ -198,25 +241,16 @@ impl<'a> CompressedMatrix<'a> {
         self.plan().kind == Kind::of(self.dtype()) && self.plan().scale == ScaleLayout::None
             || self.plan().scale != ScaleLayout::None && self.dtype() == Dtype::F32
     }
-
-    /// Turns narrowed or dequantised values into the matrix's dtype.
-    fn convert(&self, values: &[u8], cols: usize, out: &mut [u8], stride: usize) {
-        let (dtype, width) = (self.dtype(), self.plan().value_bytes());
-        let size = dtype.size();
-        for (values, out) in values.chunks_exact(cols * width).zip(out.chunks_mut(stride)) {
-            for (value, out) in values.chunks_exact(width).zip(out.chunks_exact_mut(size)) {
-                let bits = match *value {
-                    [a, b] => widen(dtype, u16::from_le_bytes([a, b])),
-                    [a, b, c, d] => from_f32(dtype, f32::from_le_bytes([a, b, c, d])),
-                    _ => 0,
-                };
-                out.copy_from_slice(&bits.to_le_bytes()[..size]);
-            }
-        }
-    }
 }
 
-/// Buffers of one decoding thread.
+/// A band whose tile's checksum has been compared.
+struct OpenBand<'a> {
+    tile: Tile<'a>,
+    band: usize,
+    rect: Rect,
+}
+
+/// Buffers for one band being decoded.
 #[derive(Default)]
 struct Work {
     scratch: Scratch,

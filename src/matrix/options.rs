@@ -60,7 +60,9 @@ impl Options {
             (Codec::Rate { .. }, Stage::Fixed12 | Stage::Fixed11, _) => {
                 invalid("a chosen rate needs the rans stage: fixed stages have a fixed size")
             }
-            (Codec::Rate { .. }, _, Some(ScaleLayout::Tile)) => invalid("rate coding has one step per matrix or per row"),
+            (Codec::Rate { .. }, _, Some(ScaleLayout::Tile)) => {
+                invalid("rate coding has one step per matrix or per row")
+            }
             (Codec::Lossless, _, Some(_)) => invalid("lossless weights have no scales"),
             (_, _, Some(ScaleLayout::None)) => invalid("quantised weights need scales"),
             _ => Ok(()),

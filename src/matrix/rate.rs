@@ -85,9 +85,12 @@ impl Split {
         }
         let all = [8, 4].into_iter().flat_map(|class_bits| (0..=7).map(move |raw_bits| Split { class_bits, raw_bits }));
         let costs = all.map(|split| (split, split.cost(&counts, outside)));
-        costs.fold((Split { class_bits: 8, raw_bits: 0 }, f64::MAX), |best, (split, cost)| {
-            if cost < best.1 { (split, cost) } else { best }
-        })
+        costs.fold(
+            (Split { class_bits: 8, raw_bits: 0 }, f64::MAX),
+            |best, (split, cost)| {
+                if cost < best.1 { (split, cost) } else { best }
+            },
+        )
     }
 
     /// Bits a weight for integers with these counts.
@@ -143,9 +146,8 @@ fn finish(source: &Source, mut plan: Plan, scales: Vec<u8>) -> (Analysis, f64) {
         (counts, escapes)
     };
     let zero = || ([0u64; 256], 0u64);
-    let (counts, escapes) = tiles(source)
-        .map_init(Buffers::default, tile)
-        .reduce(zero, |(a, ea), (b, eb)| (add_counts(a, b), ea + eb));
+    let (counts, escapes) =
+        tiles(source).map_init(Buffers::default, tile).reduce(zero, |(a, ea), (b, eb)| (add_counts(a, b), ea + eb));
     let weights = (source.geometry.rows * source.geometry.cols) as f64;
     let bits = cost(&counts) as f64 / 65_536.0 / weights;
     let bits = bits + f64::from(plan.raw_bits) + 32.0 * escapes as f64 / weights;

@@ -1,6 +1,5 @@
 //! A matrix to be compressed: row-major little-endian bytes.
 
-use crate::codec::band::ESCAPE_CODE;
 use crate::codec::quant::{self, Scales};
 use crate::codec::{Dtype, Geometry, Kind, Plan, Rect, ScaleLayout};
 use crate::{Error, Result};
@@ -23,7 +22,9 @@ impl<'a> Source<'a> {
     pub fn new(data: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Result<Source<'a>> {
         let limit = u32::MAX as usize;
         if rows == 0 || cols == 0 || rows > limit || cols > limit {
-            return Err(Error::Unsupported(format!("a {rows}x{cols} matrix: allowed are 1 to {limit} rows and columns")));
+            return Err(Error::Unsupported(format!(
+                "a {rows}x{cols} matrix: allowed are 1 to {limit} rows and columns"
+            )));
         }
         let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
         if bytes != Some(data.len()) {
@@ -51,6 +52,7 @@ impl<'a> Source<'a> {
     }
 
     /// The bits of each weight of `rect`, row by row.
+    #[inline(always)]
     pub(crate) fn bits(&self, rect: Rect, out: &mut Vec<u32>) {
         out.clear();
         out.reserve(rect.weights());
@@ -64,6 +66,7 @@ impl<'a> Source<'a> {
     }
 
     /// The weights of `rect` as `f32`s (for BF16, F16 and F32 sources).
+    #[inline(always)]
     pub(crate) fn values(&self, rect: Rect, bits: &mut Vec<u32>, out: &mut Vec<f32>) {
         self.bits(rect, bits);
         out.clear();
@@ -76,6 +79,7 @@ impl<'a> Source<'a> {
 
     /// The codes of `rect` as the plan's kind stores them, before prediction: float bits, INT8 bytes, or rate-coded
     /// integers. `values` is filled for quantised kinds.
+    #[inline(always)]
     pub(crate) fn codes(&self, plan: &Plan, scales: Scales, rect: Rect, codes: &mut Vec<u32>, values: &mut Vec<f32>) {
         let quantised = plan.scale != ScaleLayout::None;
         match plan.kind {
@@ -114,17 +118,5 @@ impl<'a> Source<'a> {
             Dtype::F16 => bits.iter().all(|&b| quant::narrow(Dtype::F16, b).is_some()),
             _ => false,
         }
-    }
-}
-
-/// The stored value that a code decodes to: itself, or the bits of an `f32` for quantised kinds.
-pub(crate) fn stored(plan: &Plan, code: u32, value: f32, scale: f32) -> u32 {
-    match plan.kind {
-        Kind::Int8 if plan.scale != ScaleLayout::None => (f32::from(code as u8 as i8) * scale).to_bits(),
-        Kind::Rate if code == ESCAPE_CODE || plan.rate_class(code as i32) == (1 << plan.class_bits) - 1 => {
-            value.to_bits()
-        }
-        Kind::Rate => (code as i32 as f32 * scale).to_bits(),
-        _ => code,
     }
 }
