@@ -1,6 +1,18 @@
 //! What a checkpoint is made of: where each tensor's bits went.
 
+use std::path::Path;
+
+use rayon::prelude::*;
 use serde::Serialize;
+
+use crate::checkpoint::{Checkpoint, Tensor};
+use crate::codec::band::Scratch;
+use crate::codec::rans::STATE_BYTES;
+use crate::codec::Coding;
+use crate::convert::{Progress, check_cancelled};
+use crate::format::manifest::Manifest;
+use crate::matrix::CompressedMatrix;
+use crate::{Error, Result};
 
 /// Everything `taper inspect` knows about a checkpoint.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -110,4 +122,105 @@ impl Parts {
         self.tables += other.tables;
         self.padding += other.padding;
     }
+}
+
+/// Inspects the checkpoint at `path`, compressed or not.
+///
+/// Reads the headers and the tiles' band tables. With `exact` it decodes every tile too and counts entropies on the
+/// weights; without, they are those of the frequency tables, which differ by about 0.02 bits.
+///
+/// # Errors
+/// If a header or band table is damaged; with `exact` any damage.
+pub fn inspect(path: impl AsRef<Path>, exact: bool, progress: &dyn Progress) -> Result<Inspection> {
+    let path = path.as_ref();
+    let checkpoint = Checkpoint::open(path)?;
+    let codec = if path.is_dir() { Manifest::read(path)?.map(|m| m.codec) } else { None };
+    let mut inspection = Inspection { path: path.display().to_string(), codec, exact, tensors: Vec::new() };
+    for info in checkpoint.tensors() {
+        check_cancelled(progress)?;
+        progress.tensor(&info.name);
+        let file = checkpoint.file_of(info).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut tensor = TensorInfo {
+            name: info.name.clone(),
+            file,
+            shape: info.shape.clone(),
+            dtype: info.dtype.clone(),
+            kind: "-".into(),
+            stage: "-".into(),
+            weights: info.shape.iter().product(),
+            original_bytes: info.stored_bytes,
+            stored_bytes: info.stored_bytes,
+            ..TensorInfo::default()
+        };
+        if info.compressed {
+            describe(&checkpoint, &mut tensor, exact)?;
+        } else {
+            tensor.parts.plain = info.stored_bytes;
+        }
+        progress.advance(info.stored_bytes);
+        inspection.tensors.push(tensor);
+    }
+    Ok(inspection)
+}
+
+/// Fills in what only a tile stream has.
+fn describe(checkpoint: &Checkpoint, tensor: &mut TensorInfo, exact: bool) -> Result<()> {
+    let Tensor::Compressed(matrix) = checkpoint.tensor(&tensor.name)? else { return Ok(()) };
+    let plan = matrix.plan();
+    tensor.kind = plan.kind.name().into();
+    tensor.stage = plan.stage_name().into();
+    tensor.original_bytes = matrix.decoded_bytes() as u64;
+    let named = |e: Error| e.in_tensor(&tensor.name);
+    tensor.parts.tables = matrix.stream().preamble_bytes() as u64;
+    for tile in 0..matrix.geometry().tiles() {
+        tensor.parts.add(&tile_parts(&matrix, tile).map_err(named)?);
+        let predictor = matrix.stream().record(tile).map_err(named)?.predictor;
+        tensor.predictors[predictor as usize] += 1;
+    }
+    let raw = f64::from(plan.raw_bits);
+    tensor.ideal_bits = Some(match &plan.freqs {
+        Some(_) if exact => raw + exact_entropy(&matrix).map_err(named)?,
+        // A symbol of 4-bit rANS stands for two weights.
+        Some(freqs) if plan.coding == Coding::Rans && plan.class_bits == 4 => raw + freqs.entropy() / 2.0,
+        Some(freqs) => raw + freqs.entropy(),
+        None => raw,
+    });
+    Ok(())
+}
+
+/// Where the bytes of one tile went.
+fn tile_parts(matrix: &CompressedMatrix, tile: usize) -> Result<Parts> {
+    let plan = matrix.plan();
+    let tile = matrix.stream().tile(tile)?;
+    let mut parts = Parts { tables: tile.first_band() as u64, ..Parts::default() };
+    for band in 0..tile.rect.bands() {
+        let bytes = tile.band(plan, band);
+        let states = if plan.coding == Coding::Rans { STATE_BYTES } else { 0 };
+        parts.states += states as u64;
+        parts.classes += (bytes.coded.len() - states) as u64;
+        parts.raw += bytes.raw.len() as u64;
+        parts.escapes += bytes.escapes.len() as u64;
+    }
+    parts.padding = u64::from(tile.record.size) - parts.total();
+    Ok(parts)
+}
+
+/// Order-0 entropy of the high parts of all weights, in bits per weight: of the exponents, the differences of INT8
+/// weights, or the integers of rate-coded ones without their raw bits.
+fn exact_entropy(matrix: &CompressedMatrix) -> Result<f64> {
+    let count = |scratch: &mut Scratch, tile: usize| -> Result<[u64; 256]> {
+        let mut counts = [0u64; 256];
+        matrix.for_each_class(tile, scratch, |high| counts[usize::from(high)] += 1)?;
+        Ok(counts)
+    };
+    let add = |mut a: [u64; 256], b: [u64; 256]| {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+        Ok(a)
+    };
+    let tiles = (0..matrix.geometry().tiles()).into_par_iter();
+    let counts = tiles.map_init(Scratch::default, count).try_reduce(|| [0; 256], add)?;
+    let total: u64 = counts.iter().sum();
+    let p = |c: u64| c as f64 / total as f64;
+    let entropy: f64 = counts.iter().filter(|&&c| c > 0).map(|&c| -p(c) * p(c).log2()).sum();
+    Ok(entropy)
 }

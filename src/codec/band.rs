@@ -286,6 +286,16 @@ fn high_parts(band: &Band, classes: &mut [u8], escapes: &mut Escapes) {
     }
 }
 
+/// The high part of every weight of a band: for statistics.
+pub(crate) fn high_parts_of<'s>(band: &Band, scratch: &'s mut Scratch) -> Result<&'s [u8]> {
+    decode_classes(band, scratch)?;
+    let classes = &mut scratch.classes[..band.weights()];
+    if band.plan.uses_map() {
+        high_parts(band, classes, &mut Escapes { bytes: band.bytes.escapes, width: 1, missing: false });
+    }
+    Ok(classes)
+}
+
 #[inline(always)]
 fn join_float(band: &Band, classes: &mut [u8], codes: &mut [u32], escapes: &mut Escapes) {
     let Some(float) = band.plan.float_bits() else {

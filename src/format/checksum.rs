@@ -21,3 +21,17 @@ pub fn with_hole(bytes: &[u8], hole: usize) -> u64 {
     state.update(&after[after.len().min(8)..]);
     state.digest()
 }
+
+/// What stands in a text for a checksum that covers itself.
+pub const NO_HEX: &str = "0000000000000000";
+
+/// A checksum as 16 lower-case hexadecimal digits.
+pub fn to_hex(hash: u64) -> String {
+    format!("{hash:016x}")
+}
+
+/// The inverse of [`to_hex`]; `None` for anything that it does not write.
+pub fn from_hex(digits: &str) -> Option<u64> {
+    let valid = digits.len() == 16 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    valid.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+}

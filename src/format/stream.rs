@@ -234,7 +234,8 @@ impl<'a> Tile<'a> {
         Ok(tile)
     }
 
-    fn first_band(&self) -> usize {
+    /// Offset of the first band: the size of the band table.
+    pub(crate) fn first_band(&self) -> usize {
         (8 * self.rect.bands()).next_multiple_of(16)
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use rayon::prelude::*;
 
-use crate::codec::band::{Band, Scratch};
+use crate::codec::band::{self, Band, Scratch};
 use crate::codec::{BAND_ROWS, DecodeTable, Dtype, Geometry, Kind, Plan, Rect, ScaleLayout, TILE};
 use crate::cpu::{self, Backend};
 use crate::format::stream::Tile;
@@ -193,6 +193,17 @@ impl<'a> CompressedMatrix<'a> {
             let view = self.view(&opened);
             let [done] = cpu::symbols(self.backend, [&view], [&mut work.scratch]);
             self.join(&opened, &view, done, &mut work, out, stride)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with the high part of every weight of a tile: an exponent, a class of integers, or an INT8
+    /// difference. Escaped rate-coded weights give their escape class.
+    pub(crate) fn for_each_class(&self, tile: usize, scratch: &mut Scratch, mut each: impl FnMut(u8)) -> Result<()> {
+        for band in 0..self.geometry().tile(tile).bands() {
+            let opened = self.open_band(tile, band)?;
+            let highs = band::high_parts_of(&self.view(&opened), scratch);
+            highs.map_err(|e| self.stream.in_tile(tile, e))?.iter().for_each(|&high| each(high));
         }
         Ok(())
     }

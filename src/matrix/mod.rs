@@ -21,6 +21,6 @@ mod rate;
 mod source;
 
 pub use decode::CompressedMatrix;
-pub use encode::{EncodeReport, MatrixEncoder, compress};
+pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
 pub use options::{Codec, Options};
 pub use source::Source;

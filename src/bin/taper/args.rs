@@ -1,0 +1,175 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use candle_taper::convert::ConvertOptions;
+use candle_taper::{Codec, Options, ScaleLayout, Stage};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use regex::Regex;
+
+/// Makes large-model weights small, losslessly or after quantisation, in ordinary safetensors files.
+///
+/// Exit codes: 0 success, 1 failure, 2 wrong usage, 3 damaged or malformed data. The environment variable TAPER_CPU
+/// (scalar, avx2, avx512, neon) forces a CPU backend.
+#[derive(Debug, Parser)]
+#[command(name = "taper", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print errors only.
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Threads to use [default: one for each core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compress a .safetensors file or a model directory
+    Compress(CompressArgs),
+    /// Restore the original files
+    Decompress(DecompressArgs),
+    /// Show how each tensor is stored and where its bits went
+    Inspect(InspectArgs),
+    /// Check every checksum, structure and stream of a compressed checkpoint
+    Verify(VerifyArgs),
+}
+
+/// What becomes of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CodecName {
+    /// Keep every bit
+    Lossless,
+    /// 8-bit integers with scales, entropy-coded
+    Int8,
+    /// Quantised to --bits bits a weight, entropy-coded
+    Rate,
+}
+
+/// What happens to the skewed part of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StageName {
+    /// Entropy-coded: smallest (BF16: about 10.6 bits a weight)
+    Rans,
+    /// Four plain bits: fastest to decode (BF16: 12 bits)
+    Fixed12,
+    /// Three plain bits, the rest listed (BF16: about 11.2 bits)
+    Fixed11,
+}
+
+/// What shares a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScaleName {
+    /// One scale for each row
+    Row,
+    /// One scale for each 256x256 tile (int8 only)
+    Tile,
+    /// One scale for the matrix
+    Matrix,
+}
+
+/// `taper compress`.
+#[derive(Debug, Args)]
+pub struct CompressArgs {
+    /// A .safetensors file, or a directory in the Hugging Face layout
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Where the compressed file or directory goes
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// What becomes of the weights [default: lossless, or rate if --bits is given]
+    #[arg(long, value_enum)]
+    pub codec: Option<CodecName>,
+    /// Bits per weight for the rate codec, everything counted (1 to 10)
+    #[arg(long, value_name = "B")]
+    pub bits: Option<f64>,
+    /// What happens to the skewed part of the weights
+    #[arg(long, value_enum, default_value_t = StageName::Rans)]
+    pub stage: StageName,
+    /// What shares a scale [default: row for int8, matrix for rate]
+    #[arg(long, value_enum)]
+    pub scale: Option<ScaleName>,
+    /// Compress only tensors whose name matches
+    #[arg(long, value_name = "REGEX")]
+    pub include: Option<Regex>,
+    /// Leave tensors whose name matches as they are
+    #[arg(long, value_name = "REGEX")]
+    pub exclude: Option<Regex>,
+    /// Replace existing output, and start over where an interrupted run had other options
+    #[arg(long)]
+    pub force: bool,
+    /// Do not decode every tile again to compare it with its source
+    #[arg(long)]
+    pub no_verify: bool,
+}
+
+/// `taper decompress`.
+#[derive(Debug, Args)]
+pub struct DecompressArgs {
+    /// A compressed .safetensors file or directory
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+    /// Where the original file or directory goes
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// Replace existing output
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `taper inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A .safetensors file or directory, compressed or not
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Also write a self-contained page with charts
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Decode all weights and count their entropy, instead of taking it from the frequency tables
+    #[arg(long)]
+    pub exact: bool,
+}
+
+/// `taper verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// A compressed .safetensors file or directory
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+}
+
+impl CompressArgs {
+    /// The library's options.
+    pub fn options(&self) -> anyhow::Result<ConvertOptions> {
+        let default = if self.bits.is_some() { CodecName::Rate } else { CodecName::Lossless };
+        let codec = match (self.codec.unwrap_or(default), self.bits) {
+            (CodecName::Lossless, None) => Codec::Lossless,
+            (CodecName::Int8, None) => Codec::Int8,
+            (CodecName::Rate, Some(bits)) => Codec::Rate { bits },
+            (CodecName::Rate, None) => bail!("--codec rate needs --bits, for instance --bits 3.5"),
+            (_, Some(_)) => bail!("--bits goes with --codec rate"),
+        };
+        let stage = match self.stage {
+            StageName::Rans => Stage::Rans,
+            StageName::Fixed12 => Stage::Fixed12,
+            StageName::Fixed11 => Stage::Fixed11,
+        };
+        let scale = self.scale.map(|scale| match scale {
+            ScaleName::Row => ScaleLayout::Row,
+            ScaleName::Tile => ScaleLayout::Tile,
+            ScaleName::Matrix => ScaleLayout::Matrix,
+        });
+        let matrix = Options { codec, stage, scale, verify: !self.no_verify };
+        matrix.validate()?;
+        let (include, exclude) = (self.include.clone(), self.exclude.clone());
+        Ok(ConvertOptions { matrix, include, exclude, force: self.force })
+    }
+}
