@@ -100,8 +100,8 @@ impl Checkpoint {
         let mut checkpoint =
             Checkpoint { files: files?, tensors: Vec::new(), by_name: HashMap::new(), compressed: false };
         for file in 0..checkpoint.files.len() {
-            let (tensors, compressed) = list(checkpoint.files[file].bytes(), file)
-                .map_err(|e| e.in_file(checkpoint.files[file].path()))?;
+            let (tensors, compressed) =
+                list(checkpoint.files[file].bytes(), file).map_err(|e| e.in_file(checkpoint.files[file].path()))?;
             checkpoint.compressed |= compressed;
             checkpoint.tensors.extend(tensors);
         }

@@ -6,9 +6,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, Tensor};
+use crate::codec::Coding;
 use crate::codec::band::Scratch;
 use crate::codec::rans::STATE_BYTES;
-use crate::codec::Coding;
 use crate::convert::{Progress, check_cancelled};
 use crate::format::manifest::Manifest;
 use crate::matrix::CompressedMatrix;

@@ -5,6 +5,7 @@
 
 use super::geometry::{BAND_WEIGHTS, padded};
 use super::kind::{Coding, Kind};
+use super::levels;
 use super::plan::Plan;
 use super::planes;
 use super::predictor::Predictor;
@@ -61,6 +62,8 @@ pub struct Scratch {
     pub(crate) codes: Vec<u32>,
     /// INT8 weights.
     pub(crate) bytes: Vec<u8>,
+    /// What exponents are raised by.
+    pub(crate) shifts: Vec<u8>,
     /// rANS words of the encoder.
     pub(crate) words: Vec<u16>,
 }
@@ -90,11 +93,13 @@ pub struct BandCodes<'a> {
     pub codes: &'a [u32],
     /// The weights as `f32`, for rate coding only.
     pub values: &'a [f32],
+    /// What exponents are lowered by before they are classed; empty without levels.
+    pub shifts: &'a [u8],
 }
 
 /// The class of each code; for escapes the escape class. Fills `classes` to the padded length.
 #[inline(always)]
-pub fn classify(plan: &Plan, codes: &[u32], classes: &mut Vec<u8>) {
+pub fn classify(plan: &Plan, codes: &[u32], shifts: &[u8], classes: &mut Vec<u8>) {
     let filler = match plan.kind {
         Kind::Rate => plan.rate_bias() as u8,
         _ => 0,
@@ -106,7 +111,12 @@ pub fn classify(plan: &Plan, codes: &[u32], classes: &mut Vec<u8>) {
         (Kind::Rate, _) => classes.extend(codes.iter().map(|&q| plan.rate_class(q as i32) as u8)),
         (_, Some(float)) => {
             let lookup = plan.map.lookup(plan.class_bits);
-            classes.extend(codes.iter().map(|&c| lookup[float.high(c) as usize]));
+            if shifts.is_empty() {
+                classes.extend(codes.iter().map(|&c| lookup[float.high(c) as usize]));
+            } else {
+                let shifted = codes.iter().zip(shifts).map(|(&c, &s)| float.high(c).wrapping_sub(s));
+                classes.extend(shifted.map(|high| lookup[high as usize]));
+            }
         }
         _ if plan.class_bits == 8 => classes.extend(codes.iter().map(|&c| c as u8)),
         _ => {
@@ -141,7 +151,7 @@ pub fn encode(
     let mut sizes = BandSizes::default();
     let start = out.len();
     let Scratch { classes, plane, words, .. } = scratch;
-    classify(plan, codes, classes);
+    classify(plan, codes, band.shifts, classes);
     match (plan.coding, table) {
         (Coding::Plain, _) => planes::pack_field(n, plan.class_bits, out, |i| u32::from(classes[i])),
         (Coding::Rans, Some(table)) => {
@@ -233,7 +243,7 @@ pub fn decode(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize)
 #[inline(always)]
 pub(crate) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
     let n = band.weights();
-    let Scratch { classes, codes, bytes, .. } = scratch;
+    let Scratch { classes, codes, bytes, shifts, .. } = scratch;
     if band.plan.kind != Kind::Int8 || band.plan.raw_bits > 0 {
         codes.resize(n, 0);
         planes::unpack_field(band.bytes.raw, band.plan.raw_bits, codes);
@@ -251,7 +261,8 @@ pub(crate) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: u
             write(codes, 4, band.cols, out, stride);
         }
         _ => {
-            join_float(band, classes, codes, &mut left);
+            levels::shifts(&band.scales, band.cols, shifts);
+            join_float(band, classes, shifts, codes, &mut left);
             write(codes, band.plan.value_bytes(), band.cols, out, stride);
         }
     }
@@ -279,10 +290,16 @@ impl Escapes<'_> {
 
 /// Replaces each class by its high part, in place.
 #[inline(always)]
-fn high_parts(band: &Band, classes: &mut [u8], escapes: &mut Escapes) {
+fn high_parts(band: &Band, classes: &mut [u8], shifts: &[u8], escapes: &mut Escapes) {
     let map = &band.plan.map;
+    let mut shifts = shifts.iter();
     for class in classes {
-        *class = if Some(*class) == map.escape { escapes.next() as u8 } else { map.values[(*class & 15) as usize] };
+        let shift = shifts.next().copied().unwrap_or(0);
+        *class = if Some(*class) == map.escape {
+            escapes.next() as u8
+        } else {
+            map.values[(*class & 15) as usize].wrapping_add(shift)
+        };
     }
 }
 
@@ -291,20 +308,21 @@ pub(crate) fn high_parts_of<'s>(band: &Band, scratch: &'s mut Scratch) -> Result
     decode_classes(band, scratch)?;
     let classes = &mut scratch.classes[..band.weights()];
     if band.plan.uses_map() {
-        high_parts(band, classes, &mut Escapes { bytes: band.bytes.escapes, width: 1, missing: false });
+        // Without shifts: entropies are those of what is classed.
+        high_parts(band, classes, &[], &mut Escapes { bytes: band.bytes.escapes, width: 1, missing: false });
     }
     Ok(classes)
 }
 
 #[inline(always)]
-fn join_float(band: &Band, classes: &mut [u8], codes: &mut [u32], escapes: &mut Escapes) {
+fn join_float(band: &Band, classes: &mut [u8], shifts: &[u8], codes: &mut [u32], escapes: &mut Escapes) {
     let Some(float) = band.plan.float_bits() else {
         return;
     };
     if band.plan.class_bits == 0 {
         return; // the raw bits are the code
     }
-    high_parts(band, classes, escapes);
+    high_parts(band, classes, shifts, escapes);
     for (code, &high) in codes.iter_mut().zip(classes.iter()) {
         *code = float.join(high, *code);
     }
@@ -317,7 +335,7 @@ fn join_int8(band: &Band, classes: &mut [u8], codes: &[u32], escapes: &mut Escap
         0 => bytes.extend(codes.iter().map(|&c| c as u8)),
         8 => bytes.extend_from_slice(classes),
         _ => {
-            high_parts(band, classes, escapes);
+            high_parts(band, classes, &[], escapes);
             bytes.extend(codes.iter().zip(classes.iter()).map(|(&raw, &high)| high << 4 | (raw as u8 & 15)));
         }
     }
@@ -327,7 +345,7 @@ fn join_int8(band: &Band, classes: &mut [u8], codes: &[u32], escapes: &mut Escap
 fn write_int8(band: &Band, bytes: &[u8], out: &mut [u8], stride: usize) {
     for (row, (weights, out)) in bytes.chunks_exact(band.cols).zip(out.chunks_mut(stride)).enumerate() {
         match band.scales {
-            Scales::None => out[..band.cols].copy_from_slice(weights),
+            Scales::None | Scales::Levels { .. } => out[..band.cols].copy_from_slice(weights),
             scales => {
                 let scale = scales.row(row);
                 for (out, &q) in out.chunks_exact_mut(4).zip(weights) {

@@ -174,6 +174,9 @@ pub enum ScaleLayout {
     Row = 2,
     /// One for each 256×256 tile.
     Tile = 3,
+    /// No scales but levels: a byte for each row, then one for each column, in sixteenths of an octave, relative to
+    /// which the exponents of a lossless matrix are classed (see [`crate::codec::levels`]).
+    Levels = 4,
 }
 
 impl ScaleLayout {
@@ -183,7 +186,8 @@ impl ScaleLayout {
             1 => ScaleLayout::Matrix,
             2 => ScaleLayout::Row,
             3 => ScaleLayout::Tile,
-            _ => return Err(Error::field("scale layout", v, "0..=3")),
+            4 => ScaleLayout::Levels,
+            _ => return Err(Error::field("scale layout", v, "0..=4")),
         })
     }
 }

@@ -13,6 +13,8 @@
 //!    12-bit BF16 weights, 3-bit ones about 11.2), or its bytes are rANS-coded ([`Coding::Rans`]), so that one decode
 //!    step yields two weights with 4-bit classes, or one with 8-bit classes. See [`rans`].
 //!
+//! 5. **Exponents may be coded relative to the level of their row and column**, where that saves bits. See [`levels`].
+//!
 //! There is no other difference between the formats: `class_bits` and `coding` name them all.
 //!
 //! | `class_bits` | `coding` | called | BF16 bits/weight (Gaussian) |
@@ -29,6 +31,7 @@ pub mod band;
 pub mod classes;
 pub mod geometry;
 pub mod kind;
+pub mod levels;
 pub mod plan;
 pub mod planes;
 pub mod predictor;

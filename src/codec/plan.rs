@@ -107,6 +107,16 @@ impl Plan {
         (1 << (self.class_bits.max(1) - 1)) - 1
     }
 
+    /// True if weights are integers times scales.
+    pub fn quantised(&self) -> bool {
+        !matches!(self.scale, ScaleLayout::None | ScaleLayout::Levels)
+    }
+
+    /// Levels work on exponents, and need an escape for those that no class reaches.
+    pub(crate) fn allows_levels(&self) -> bool {
+        self.kind.is_float() && self.map.escape.is_some()
+    }
+
     /// Predictors work on INT8 weights only.
     pub fn allows_predictor(&self) -> bool {
         self.kind == Kind::Int8 && self.class_bits > 0
@@ -115,8 +125,8 @@ impl Plan {
     /// Bytes of a decoded weight: its stored code, or an `f32` for quantised kinds.
     pub fn value_bytes(&self) -> usize {
         match (self.kind, self.scale) {
-            (Kind::Int8, ScaleLayout::None) => 1,
-            (Kind::Int8 | Kind::Rate, _) => 4,
+            (Kind::Int8 | Kind::Rate, _) if self.quantised() => 4,
+            (Kind::Int8, _) => 1,
             (kind, _) => kind.code_bits() as usize / 8,
         }
     }
@@ -153,19 +163,19 @@ impl Plan {
             }
             _ => {}
         }
-        let lossless = [Kind::of(self.dtype)].contains(&self.kind) && self.scale == ScaleLayout::None;
-        let narrowed = self.kind == Kind::Bf16 && self.scale == ScaleLayout::None;
+        let wide = matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32);
         let restores = match self.kind {
-            Kind::Bf16 => narrowed && matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32),
             Kind::Int8 if self.scale == ScaleLayout::None => self.dtype == Dtype::I8,
-            Kind::Int8 | Kind::Rate => {
-                self.scale != ScaleLayout::None && matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32)
-            }
-            _ => lossless,
+            Kind::Int8 | Kind::Rate => self.quantised() && wide,
+            Kind::Bf16 => !self.quantised() && wide,
+            kind => !self.quantised() && kind == Kind::of(self.dtype),
         };
         if !restores {
             let got = format!("{} with {:?} scales from {}", self.kind.name(), self.scale, self.dtype.name());
             return Err(Error::field("kind", got, "a kind that restores the tensor's dtype"));
+        }
+        if self.scale == ScaleLayout::Levels && !self.allows_levels() {
+            return Err(Error::field("scale layout", "levels", "none: levels need float classes with an escape"));
         }
         if self.kind == Kind::Rate && self.scale == ScaleLayout::Tile {
             return Err(Error::field("scale layout", "per tile", "per matrix or per row for rate-coded weights"));

@@ -7,7 +7,7 @@
 
 use half::f16;
 
-use super::geometry::Rect;
+use super::geometry::{Geometry, Rect};
 use super::kind::{Dtype, ScaleLayout};
 
 /// Rate-coded integers stay below this magnitude; larger ones escape. Keeps every `q` exact in an `f32`.
@@ -52,17 +52,28 @@ pub enum Scales<'a> {
     One(f32),
     /// One for each row: little-endian `f32`s.
     Rows(&'a [u8]),
+    /// Not quantised; levels of the rows and of the columns.
+    Levels {
+        /// A byte for each row.
+        rows: &'a [u8],
+        /// A byte for each column.
+        cols: &'a [u8],
+    },
 }
 
 impl<'a> Scales<'a> {
-    /// The part of a matrix's scales (`bytes`, little-endian `f32`s in layout order) that covers `rect` in tile `tile`.
-    /// Missing scales read as zero.
-    pub fn of(layout: ScaleLayout, bytes: &'a [u8], tile: usize, rect: &Rect) -> Scales<'a> {
+    /// The part of a matrix's scales (`bytes`, in layout order) that covers `rect` in tile `tile`. Missing scales read
+    /// as zero.
+    pub fn of(layout: ScaleLayout, bytes: &'a [u8], geometry: Geometry, tile: usize, rect: &Rect) -> Scales<'a> {
+        let part = |start: usize, length: usize| bytes.get(start..start + length).unwrap_or(&[]);
         match layout {
             ScaleLayout::None => Scales::None,
             ScaleLayout::Matrix => Scales::One(read_f32(bytes, 0)),
             ScaleLayout::Tile => Scales::One(read_f32(bytes, tile)),
-            ScaleLayout::Row => Scales::Rows(bytes.get(4 * rect.row..4 * (rect.row + rect.rows)).unwrap_or(&[])),
+            ScaleLayout::Row => Scales::Rows(part(4 * rect.row, 4 * rect.rows)),
+            ScaleLayout::Levels => {
+                Scales::Levels { rows: part(rect.row, rect.rows), cols: part(geometry.rows + rect.col, rect.cols) }
+            }
         }
     }
 
@@ -70,7 +81,7 @@ impl<'a> Scales<'a> {
     #[inline(always)]
     pub fn row(&self, row: usize) -> f32 {
         match self {
-            Scales::None => 1.0,
+            Scales::None | Scales::Levels { .. } => 1.0,
             Scales::One(scale) => *scale,
             Scales::Rows(bytes) => read_f32(bytes, row),
         }

@@ -65,7 +65,8 @@ pub(super) fn refuse_existing(input: &Path, output: &Path, force: bool) -> Resul
     if !output.exists() || output.is_dir() && empty(output) {
         return Ok(());
     }
-    let (from, to) = (input.canonicalize().map_err(Error::io(input))?, output.canonicalize().map_err(Error::io(output))?);
+    let (from, to) =
+        (input.canonicalize().map_err(Error::io(input))?, output.canonicalize().map_err(Error::io(output))?);
     if from == to || from.starts_with(&to) {
         return Err(Error::Invalid(format!("{} is the input, it cannot be the output", output.display())));
     }
@@ -281,4 +282,3 @@ impl Rewrite<'_> {
         serde_json::to_string_pretty(&json).map(|text| text + "\n").map_err(malformed)
     }
 }
-

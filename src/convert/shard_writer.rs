@@ -5,7 +5,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::{ConvertOptions, MIN_WEIGHTS, Progress, Summary, check_cancelled};
-use crate::codec::{Dtype, ScaleLayout};
+use crate::codec::Dtype;
 use crate::format::safetensors::TensorEntry;
 use crate::format::shard::{Written, header_room, header_text, is_compressed, matrix_shape};
 use crate::format::{Map, SafeTensors, checksum};
@@ -73,7 +73,7 @@ fn write_tensor(
         let encoder = MatrixEncoder::new(Source::new(bytes, dtype, rows, cols)?, &options.matrix)?;
         let mut sink = TensorSink { out, start, progress, reported: 0 };
         // A plan without classes or scales cannot shrink anything.
-        let shrinks = encoder.plan().class_bits > 0 || encoder.plan().scale != ScaleLayout::None;
+        let shrinks = encoder.plan().class_bits > 0 || encoder.plan().quantised();
         let report = if shrinks { Some(encoder.run(&mut sink)?) } else { None };
         reported = sink.reported;
         match report.filter(|report| report.bytes < bytes.len() as u64) {

@@ -119,6 +119,11 @@ fn join_bf16_avx2(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
         // SAFETY: the array has 32 bytes.
         let raw = unsafe { _mm256_loadu_si256(raw.as_ptr().cast()) };
         let mut high = _mm256_shuffle_epi8(map, class);
+        if !join.shifts.is_empty() {
+            let shifts: [u8; 32] = load(join.shifts, i);
+            // SAFETY: the array has 32 bytes.
+            high = _mm256_add_epi8(high, unsafe { _mm256_loadu_si256(shifts.as_ptr().cast()) });
+        }
         // Weights behind the end of a partial step are no escapes.
         let valid = u64::from(u32::MAX) >> (32 - out.len() / 2);
         let escaped = _mm256_movemask_epi8(_mm256_cmpeq_epi8(class, escape)) as u32 as u64 & valid;

@@ -156,6 +156,11 @@ fn join_bf16_avx512(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
             (class, _mm512_loadu_si512(raw.as_ptr().cast()))
         };
         let mut high = _mm512_shuffle_epi8(map, class);
+        if !join.shifts.is_empty() {
+            let shifts: [u8; 64] = load(join.shifts, i);
+            // SAFETY: the array has 64 bytes.
+            high = _mm512_add_epi8(high, unsafe { _mm512_loadu_si512(shifts.as_ptr().cast()) });
+        }
         // Weights behind the end of a partial step are no escapes.
         let valid = u64::MAX >> (64 - out.len() / 2);
         let escaped = _mm512_cmpeq_epi8_mask(class, escape) & valid;

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use crate::codec::band::{self, Band, ESCAPE_COUNT, Scratch, UNFINISHED};
 use crate::codec::geometry::padded;
+use crate::codec::levels;
 use crate::codec::{Coding, Dtype, Kind};
 use crate::{Error, Result};
 
@@ -79,7 +80,8 @@ impl Backend {
         choice.clone().map_err(Error::Unsupported)
     }
 
-    fn best() -> Backend {
+    /// The fastest backend that the machine has.
+    pub(crate) fn best() -> Backend {
         Backend::ALL.into_iter().rev().find(|b| b.available()).unwrap_or(Backend::Scalar)
     }
 }
@@ -213,7 +215,9 @@ fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8
         Coding::Rans => &scratch.plane,
     };
     let cols = band.cols;
+    vectorize(backend, || levels::shifts(&band.scales, cols, &mut scratch.shifts));
     let mut join = Bf16Join {
+        shifts: &scratch.shifts,
         class_bits: band.plan.class_bits,
         map: &band.plan.map.values,
         plane,
@@ -241,6 +245,8 @@ fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8
 struct Bf16Join<'a> {
     class_bits: u32,
     map: &'a [u8; 16],
+    /// What exponents are raised by; empty without levels.
+    shifts: &'a [u8],
     /// Classes: a 4-bit plane, or a 2-bit plane with a 1-bit plane behind it at `high_plane`.
     plane: &'a [u8],
     high_plane: usize,

@@ -73,6 +73,10 @@ pub(super) fn join_bf16(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
         unsafe {
             let (class, raw) = (vld1q_u8(classes.as_ptr()), vld1q_u8(raw.as_ptr()));
             let mut high = vqtbl1q_u8(vld1q_u8(join.map.as_ptr()), class);
+            if !join.shifts.is_empty() {
+                let shifts: [u8; 16] = load(join.shifts, i);
+                high = vaddq_u8(high, vld1q_u8(shifts.as_ptr()));
+            }
             let marked = vceqq_u8(class, vdupq_n_u8(join.escape()));
             if vmaxvq_u8(marked) != 0 {
                 let mut patched = [0u8; 16];

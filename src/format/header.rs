@@ -150,13 +150,14 @@ impl Header {
         b
     }
 
-    /// Number of scales.
-    pub fn scales(&self) -> u64 {
+    /// Bytes of the scales, or levels.
+    pub fn scale_bytes(&self) -> u64 {
         match self.plan.scale {
             ScaleLayout::None => 0,
-            ScaleLayout::Matrix => 1,
-            ScaleLayout::Row => self.geometry.rows as u64,
-            ScaleLayout::Tile => self.geometry.tiles() as u64,
+            ScaleLayout::Matrix => 4,
+            ScaleLayout::Row => 4 * self.geometry.rows as u64,
+            ScaleLayout::Tile => 4 * self.geometry.tiles() as u64,
+            ScaleLayout::Levels => self.geometry.rows as u64 + self.geometry.cols as u64,
         }
     }
 
@@ -167,7 +168,7 @@ impl Header {
 
     /// Bytes of header, table, records and scales, the last padded to 16 bytes.
     pub fn preamble_bytes(&self) -> u64 {
-        self.scales_offset() + (4 * self.scales()).next_multiple_of(16)
+        self.scales_offset() + self.scale_bytes().next_multiple_of(16)
     }
 
     /// Smallest and largest possible size of tile `index`.

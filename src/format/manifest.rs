@@ -100,7 +100,8 @@ mod tests {
 
     #[test]
     fn every_changed_byte_of_a_manifest_is_noticed() {
-        let entry = FileEntry { bytes: 3, xxh3: "00000000000000aa".into(), weights: true, original: Some("{}\n".into()) };
+        let entry =
+            FileEntry { bytes: 3, xxh3: "00000000000000aa".into(), weights: true, original: Some("{}\n".into()) };
         let manifest = Manifest {
             version: VERSION,
             writer: "candle-taper 0.1.0".into(),

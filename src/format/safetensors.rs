@@ -78,7 +78,11 @@ impl<'a> SafeTensors<'a> {
         };
         let length = u64::from_le_bytes(*length);
         if length > MAX_HEADER {
-            return Err(Error::field("header length", length, format!("at most {MAX_HEADER}: not a safetensors file?")));
+            return Err(Error::field(
+                "header length",
+                length,
+                format!("at most {MAX_HEADER}: not a safetensors file?"),
+            ));
         }
         let data_start = 8 + length as usize;
         let Some(header) = file.get(8..data_start) else {

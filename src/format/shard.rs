@@ -93,8 +93,8 @@ impl<'a> Shard<'a> {
     pub fn source(&self) -> Result<SafeTensors<'_>> {
         let text = self.header.metadata(SOURCE_KEY).ok_or_else(|| missing(SOURCE_KEY))?;
         let source = SafeTensors::parse_header(text.as_bytes())?;
-        let same = source.len() == self.header.len()
-            && source.iter().zip(self.header.iter()).all(|(a, b)| a.name == b.name);
+        let same =
+            source.len() == self.header.len() && source.iter().zip(self.header.iter()).all(|(a, b)| a.name == b.name);
         if same { Ok(source) } else { Err(Error::Malformed(format!("the tensors in {SOURCE_KEY} are not those here"))) }
     }
 

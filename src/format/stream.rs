@@ -128,10 +128,10 @@ impl<'a> TileStream<'a> {
         DecodeTable::new(&freqs)
     }
 
-    /// The scales as little-endian `f32`s, in the order of their layout.
+    /// The scales as little-endian `f32`s, or the levels as bytes, in the order of their layout.
     pub fn scales(&self) -> &'a [u8] {
         let start = self.header.scales_offset() as usize;
-        self.data.get(start..start + 4 * self.header.scales() as usize).unwrap_or(&[])
+        self.data.get(start..start + self.header.scale_bytes() as usize).unwrap_or(&[])
     }
 
     /// The record of tile `tile`.
@@ -174,7 +174,7 @@ impl<'a> TileStream<'a> {
             table,
             bytes: tile.band(self.plan(), index),
             predictor: tile.record.predictor,
-            scales: Scales::of(self.plan().scale, self.scales(), tile.index, &rect),
+            scales: Scales::of(self.plan().scale, self.scales(), self.geometry(), tile.index, &rect),
             rows: rect.rows,
             cols: rect.cols,
         }

@@ -7,10 +7,12 @@ use super::rate;
 use super::source::Source;
 use crate::Result;
 use crate::codec::band::{classify, symbols};
+use crate::codec::levels::{self, LevelSums};
 use crate::codec::plan::Stage;
 use crate::codec::quant::{self, Scales};
 use crate::codec::table::entropy_bits;
 use crate::codec::{ClassMap, Coding, Dtype, FreqTable, Kind, Plan, Predictor, Rect, ScaleLayout};
+use crate::cpu::{self, Backend};
 
 /// What the second pass needs.
 #[derive(Debug)]
@@ -51,6 +53,7 @@ pub(crate) struct Buffers {
     pub values: Vec<f32>,
     pub classes: Vec<u8>,
     pub plane: Vec<u8>,
+    pub shifts: Vec<u8>,
     pub bytes: Vec<u8>,
     pub residuals: Vec<u8>,
 }
@@ -92,11 +95,19 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
     if plan.class_bits == 0 {
         return Analysis { plan, scales: Vec::new(), candidates: Vec::new() };
     }
-    let joint = joint_highs(source, &plan);
-    let mut highs = [0u64; 256];
-    for (pair, &count) in joint.iter().enumerate() {
-        highs[pair & 255] += count;
-        highs[pair >> 8] += count;
+    let mut joint = joint_highs(source, &plan, &[]);
+    let mut highs = marginal(&joint);
+    let mut scales = Vec::new();
+    if plan.allows_levels() {
+        // Levels are for rows and columns that differ: they must save more than their own bytes.
+        let leveled = Plan { scale: ScaleLayout::Levels, ..plan.clone() };
+        let levels = fit_levels(source, &plan);
+        let (leveled_joint, own) = (joint_highs(source, &leveled, &levels), 8 * 65_536 * levels.len() as u64);
+        let leveled_highs = marginal(&leveled_joint);
+        // A joint count is of two weights, as is the sum of a marginal.
+        if entropy_bits(&leveled_highs) + own + entropy_bits(&highs) / 500 < entropy_bits(&highs) {
+            (plan, scales, joint, highs) = (leveled, levels, leveled_joint, leveled_highs);
+        }
     }
     if plan.map.escape.is_some() {
         plan.map = ClassMap::commonest(&highs, plan.class_bits);
@@ -112,9 +123,38 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
             counts[second] += count;
         }
     }
-    count_padding(source, &plan, &mut counts);
+    count_padding(source, &plan, &scales, &mut counts);
     plan.freqs = Some(FreqTable::from_counts(&counts));
-    Analysis { plan, scales: Vec::new(), candidates: Vec::new() }
+    Analysis { plan, scales, candidates: Vec::new() }
+}
+
+/// Counts of single high parts from those of pairs.
+fn marginal(joint: &[u64]) -> Counts {
+    let mut highs = [0u64; 256];
+    for (pair, &count) in joint.iter().enumerate() {
+        highs[pair & 255] += count;
+        highs[pair >> 8] += count;
+    }
+    highs
+}
+
+/// Levels of rows and columns from their mean exponents.
+fn fit_levels(source: &Source, plan: &Plan) -> Vec<u8> {
+    let Some(float) = plan.float_bits() else { return Vec::new() };
+    let geometry = source.geometry;
+    let sum = |(mut sums, mut buffers): (LevelSums, Buffers), tile| {
+        let rect = geometry.tile(tile);
+        cpu::vectorize(Backend::best(), || {
+            source.codes(plan, Scales::None, rect, &mut buffers.codes, &mut buffers.values);
+            for (row, codes) in buffers.codes.chunks_exact(rect.cols).enumerate() {
+                sums.add(rect.row + row, rect.col, codes.iter().map(|&c| float.high(c)));
+            }
+        });
+        (sums, buffers)
+    };
+    let zero = || LevelSums::new(geometry.rows, geometry.cols);
+    let sums = tiles(source).fold(|| (zero(), Buffers::default()), sum).map(|(sums, _)| sums);
+    sums.reduce(zero, LevelSums::merge).levels()
 }
 
 fn float_plan(kind: Kind, dtype: Dtype, stage: Stage) -> Plan {
@@ -129,21 +169,29 @@ fn float_plan(kind: Kind, dtype: Dtype, stage: Stage) -> Plan {
 }
 
 /// How often each pair of high parts occurs, as `first | second << 8`. An odd last weight pairs with the commonest.
-fn joint_highs(source: &Source, plan: &Plan) -> Vec<u64> {
+fn joint_highs(source: &Source, plan: &Plan, levels: &[u8]) -> Vec<u64> {
     let Some(float) = plan.float_bits() else {
         return vec![0; 1 << 16];
     };
     let count = |(mut joint, mut buffers): (Vec<u64>, Buffers), tile| {
         let rect = source.geometry.tile(tile);
         for band in 0..rect.bands() {
-            source.codes(plan, Scales::None, rect.band(band), &mut buffers.codes, &mut buffers.values);
-            let mut pairs = buffers.codes.chunks_exact(2);
+            let band = rect.band(band);
+            let scales = Scales::of(plan.scale, levels, source.geometry, tile, &band);
+            cpu::vectorize(Backend::best(), || {
+                let Buffers { codes, values, shifts, bytes, .. } = &mut buffers;
+                source.codes(plan, scales, band, codes, values);
+                levels::shifts(&scales, band.cols, shifts);
+                bytes.clear();
+                bytes.extend(codes.iter().map(|&c| float.high(c)));
+                bytes.iter_mut().zip(shifts.iter()).for_each(|(high, &shift)| *high = high.wrapping_sub(shift));
+            });
+            let mut pairs = buffers.bytes.chunks_exact(2);
             for pair in &mut pairs {
-                joint[usize::from(float.high(pair[0])) | usize::from(float.high(pair[1])) << 8] += 1;
+                joint[usize::from(pair[0]) | usize::from(pair[1]) << 8] += 1;
             }
-            if let [last] = pairs.remainder() {
-                let high = usize::from(float.high(*last));
-                joint[high | high << 8] += 1;
+            if let [last] = *pairs.remainder() {
+                joint[usize::from(last) | usize::from(last) << 8] += 1;
             }
         }
         (joint, buffers)
@@ -157,7 +205,7 @@ fn joint_highs(source: &Source, plan: &Plan) -> Vec<u64> {
 }
 
 /// Makes sure that symbols which occur only in padding, or only where an odd band ends, have a frequency.
-fn count_padding(source: &Source, plan: &Plan, counts: &mut Counts) {
+fn count_padding(source: &Source, plan: &Plan, scales: &[u8], counts: &mut Counts) {
     let geometry = source.geometry;
     let even = geometry.cols % 64 == 0;
     if even || plan.class_bits != 4 {
@@ -170,10 +218,12 @@ fn count_padding(source: &Source, plan: &Plan, counts: &mut Counts) {
         for band in (0..rect.bands()).map(|b| rect.band(b)).filter(|b| b.weights() % 2 == 1) {
             let (row, col) = (band.row + band.rows - 1, band.col + band.cols - 1);
             let last = Rect { row, col, rows: 1, cols: 1 };
-            let (mut codes, mut classes, mut plane) = (Vec::new(), Vec::new(), Vec::new());
-            source.codes(plan, Scales::None, last, &mut codes, &mut Vec::new());
-            classify(plan, &codes, &mut classes);
-            symbols(plan, &classes, &mut plane);
+            let own = Scales::of(plan.scale, scales, geometry, tile, &last);
+            let Buffers { codes, values, classes, plane, shifts, .. } = &mut Buffers::default();
+            source.codes(plan, own, last, codes, values);
+            levels::shifts(&own, 1, shifts);
+            classify(plan, codes, shifts, classes);
+            symbols(plan, classes, plane);
             counts[plane[0] as usize] += 1;
         }
     }
@@ -270,7 +320,7 @@ fn tile_counts(source: &Source, plan: &Plan, scales: &[u8], tile: usize, buffers
     for band in 0..rect.bands() {
         let band = rect.band(band);
         let sample = Rect { rows: band.rows.min(16), ..band };
-        let own = Scales::of(plan.scale, scales, tile, &sample);
+        let own = Scales::of(plan.scale, scales, source.geometry, tile, &sample);
         source.codes(plan, own, sample, &mut buffers.codes, &mut buffers.values);
         buffers.bytes.clear();
         buffers.bytes.extend(buffers.codes.iter().map(|&c| c as u8));
@@ -297,7 +347,7 @@ pub(crate) fn residuals(
     let rect = source.geometry.tile(tile);
     for band in 0..rect.bands() {
         let band = rect.band(band);
-        let own = Scales::of(plan.scale, scales, tile, &band);
+        let own = Scales::of(plan.scale, scales, source.geometry, tile, &band);
         source.codes(plan, own, band, &mut buffers.codes, &mut buffers.values);
         buffers.bytes.clear();
         buffers.bytes.extend(buffers.codes.iter().map(|&c| c as u8));

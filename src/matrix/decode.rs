@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use rayon::prelude::*;
 
 use crate::codec::band::{self, Band, Scratch};
-use crate::codec::{BAND_ROWS, DecodeTable, Dtype, Geometry, Kind, Plan, Rect, ScaleLayout, TILE};
+use crate::codec::{BAND_ROWS, DecodeTable, Dtype, Geometry, Kind, Plan, Rect, TILE};
 use crate::cpu::{self, Backend};
 use crate::format::stream::Tile;
 use crate::format::{Checks, TileStream};
@@ -249,8 +249,8 @@ impl<'a> CompressedMatrix<'a> {
 
     /// True if decoded values are the matrix's own bits already.
     fn stores_dtype(&self) -> bool {
-        self.plan().kind == Kind::of(self.dtype()) && self.plan().scale == ScaleLayout::None
-            || self.plan().scale != ScaleLayout::None && self.dtype() == Dtype::F32
+        let own = self.plan().kind == Kind::of(self.dtype()) && !self.plan().quantised();
+        own || self.plan().quantised() && self.dtype() == Dtype::F32
     }
 }
 

@@ -6,6 +6,7 @@ use super::analyse::{Analysis, Buffers, Candidates, analyse, residuals};
 use super::options::Options;
 use super::source::Source;
 use crate::codec::band::{self, BandCodes, ESCAPE_CODE, Scratch, align};
+use crate::codec::levels;
 use crate::codec::quant::Scales;
 use crate::codec::{Coding, DecodeTable, Dtype, EncodeTable, FreqTable, Kind, Plan, Predictor, ScaleLayout};
 use crate::cpu::{self, Backend};
@@ -193,7 +194,7 @@ impl<'a> MatrixEncoder<'a> {
         for index in 0..rect.bands() {
             let band = rect.band(index);
             let buffers = &mut work.buffers;
-            let scales = Scales::of(plan.scale, &self.analysis.scales, tile, &band);
+            let scales = Scales::of(plan.scale, &self.analysis.scales, self.source.geometry, tile, &band);
             cpu::vectorize(backend, || {
                 self.source.codes(plan, scales, band, &mut buffers.codes, &mut buffers.values);
             });
@@ -204,8 +205,10 @@ impl<'a> MatrixEncoder<'a> {
                 predictor.forward(&buffers.bytes, band.cols, &mut buffers.residuals);
                 buffers.codes.iter_mut().zip(&buffers.residuals).for_each(|(code, &r)| *code = r.into());
             }
-            let codes = BandCodes { codes: &buffers.codes, values: &buffers.values };
             let sizes = cpu::vectorize(backend, || {
+                levels::shifts(&scales, band.cols, &mut buffers.shifts);
+                let Buffers { codes, values, shifts, .. } = &*buffers;
+                let codes = BandCodes { codes, values, shifts };
                 band::encode(plan, self.encode_table.as_ref(), codes, &mut work.scratch, &mut bytes)
             })?;
             bytes[8 * index..8 * index + 4].copy_from_slice(&(sizes.coded as u32).to_le_bytes());
@@ -213,7 +216,7 @@ impl<'a> MatrixEncoder<'a> {
             escapes += sizes.escapes;
         }
         let mut encoded = EncodedTile { bytes, escapes, predictor, signal: 0.0, noise: 0.0 };
-        if self.verify || plan.scale != ScaleLayout::None {
+        if self.verify || plan.quantised() {
             self.check(tile, &mut encoded, backend, work)?;
         }
         Ok(encoded)
@@ -250,7 +253,7 @@ impl<'a> MatrixEncoder<'a> {
     fn check(&self, tile: usize, encoded: &mut EncodedTile, backend: Backend, work: &mut Work) -> Result<()> {
         let plan = self.plan();
         let rect = self.source.geometry.tile(tile);
-        let (width, lossless) = (plan.value_bytes(), plan.scale == ScaleLayout::None);
+        let (width, lossless) = (plan.value_bytes(), !plan.quantised());
         let record = Record {
             size: encoded.bytes.len() as u32,
             escapes: encoded.escapes as u32,
@@ -263,7 +266,7 @@ impl<'a> MatrixEncoder<'a> {
         for index in 0..rect.bands() {
             let part = rect.band(index);
             let bytes = view.band(plan, index);
-            let scales = Scales::of(plan.scale, &self.analysis.scales, tile, &part);
+            let scales = Scales::of(plan.scale, &self.analysis.scales, self.source.geometry, tile, &part);
             let (table, predictor) = (&self.decode_table, encoded.predictor);
             let band = band::Band { plan, table, bytes, predictor, scales, rows: part.rows, cols: part.cols };
             work.decoded.resize(part.weights() * width, 0);

@@ -64,7 +64,7 @@ impl Options {
                 invalid("rate coding has one step per matrix or per row")
             }
             (Codec::Lossless, _, Some(_)) => invalid("lossless weights have no scales"),
-            (_, _, Some(ScaleLayout::None)) => invalid("quantised weights need scales"),
+            (_, _, Some(ScaleLayout::None | ScaleLayout::Levels)) => invalid("quantised weights need scales"),
             _ => Ok(()),
         }
     }

@@ -136,9 +136,9 @@ fn finish(source: &Source, mut plan: Plan, scales: Vec<u8>) -> (Analysis, f64) {
         let rect = source.geometry.tile(tile);
         let (mut counts, mut escapes) = ([0u64; 256], 0u64);
         for band in (0..rect.bands()).map(|b| rect.band(b)) {
-            let own = Scales::of(plan.scale, &scales, tile, &band);
+            let own = Scales::of(plan.scale, &scales, source.geometry, tile, &band);
             source.codes(&plan, own, band, &mut buffers.codes, &mut buffers.values);
-            classify(&plan, &buffers.codes, &mut buffers.classes);
+            classify(&plan, &buffers.codes, &[], &mut buffers.classes);
             symbols(&plan, &buffers.classes, &mut buffers.plane);
             buffers.plane.iter().for_each(|&s| counts[s as usize] += 1);
             escapes += buffers.classes[..band.weights()].iter().filter(|&&c| Some(c) == escape).count() as u64;

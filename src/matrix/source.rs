@@ -1,7 +1,7 @@
 //! A matrix to be compressed: row-major little-endian bytes.
 
 use crate::codec::quant::{self, Scales};
-use crate::codec::{Dtype, Geometry, Kind, Plan, Rect, ScaleLayout};
+use crate::codec::{Dtype, Geometry, Kind, Plan, Rect};
 use crate::{Error, Result};
 
 /// Borrowed weights with dtype and shape.
@@ -81,9 +81,8 @@ impl<'a> Source<'a> {
     /// integers. `values` is filled for quantised kinds.
     #[inline(always)]
     pub(crate) fn codes(&self, plan: &Plan, scales: Scales, rect: Rect, codes: &mut Vec<u32>, values: &mut Vec<f32>) {
-        let quantised = plan.scale != ScaleLayout::None;
         match plan.kind {
-            Kind::Int8 | Kind::Rate if quantised => {
+            Kind::Int8 | Kind::Rate if plan.quantised() => {
                 self.values(rect, codes, values);
                 let rows = codes.chunks_mut(rect.cols).zip(values.chunks(rect.cols));
                 for (row, (codes, values)) in rows.enumerate() {

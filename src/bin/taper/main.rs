@@ -49,7 +49,10 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     // An unusable TAPER_CPU is an error before any work, not in the middle of it.
     candle_taper::Backend::current()?;
     if let Some(threads) = cli.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global().context("cannot start the threads")?;
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.into())
+            .build_global()
+            .context("cannot start the threads")?;
     }
     match &cli.command {
         Command::Compress(args) => {
@@ -78,7 +81,11 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             if !cli.quiet {
                 let (tensors, tiles) = (HumanCount(report.tensors), HumanCount(report.tiles));
                 let speed = rate(report.bytes, start);
-                println!("ok: {} files, {tensors} tensors, {tiles} tiles, {} in {speed}", report.files, HumanBytes(report.bytes));
+                println!(
+                    "ok: {} files, {tensors} tensors, {tiles} tiles, {} in {speed}",
+                    report.files,
+                    HumanBytes(report.bytes)
+                );
             }
         }
         Command::Inspect(args) => {
@@ -130,4 +137,3 @@ fn total_bytes(path: &Path) -> u64 {
     let files = candle_taper::checkpoint::weight_files(path).unwrap_or_default();
     files.iter().filter_map(|file| std::fs::metadata(file).ok()).map(|info| info.len()).sum()
 }
-
