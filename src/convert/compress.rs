@@ -76,11 +76,34 @@ pub(super) fn refuse_existing(input: &Path, output: &Path, force: bool) -> Resul
 fn compress_dir(input: &Path, output: &Path, options: &ConvertOptions, progress: &dyn Progress) -> Result<Summary> {
     refuse_existing(input, output, options.force)?;
     let weights = weight_files(input)?;
-    let companions = companions(input)?;
     let partial = staging::partial_path(output)?;
     let _lock = begin(&partial, &journal(&weights, options)?, options.force, progress)?;
+    let summary = fill(input, &weights, &partial, options, progress);
+    let published = summary.and_then(|summary| staging::publish(&partial, output).map(|()| summary));
+    if published.is_err() && !holds_finished(&partial) {
+        // Nothing to go on with later. The error at hand says more than a failure to clean up would.
+        let _ = staging::remove(&partial);
+    }
+    published
+}
+
+/// True if a directory has weight files that a later run need not make again.
+fn holds_finished(partial: &Path) -> bool {
+    let finished = |name: &str| name.ends_with(DONE) || name.ends_with(".safetensors");
+    fs::read_dir(partial).is_ok_and(|mut dir| dir.any(|e| e.is_ok_and(|e| finished(&e.file_name().to_string_lossy()))))
+}
+
+/// Makes everything that belongs to the result in `partial`.
+fn fill(
+    input: &Path,
+    weights: &[PathBuf],
+    partial: &Path,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<Summary> {
+    let companions = companions(input)?;
     let mut summary = Summary::default();
-    for file in &weights {
+    for file in weights {
         let name = file_name(file);
         progress.file(&name, fs::metadata(file).map_err(Error::io(file))?.len());
         let (done, finished) = (partial.join(format!("{name}{DONE}")), partial.join(&name));
@@ -95,7 +118,7 @@ fn compress_dir(input: &Path, output: &Path, options: &ConvertOptions, progress:
         let growing = partial.join(format!("{name}.partial"));
         compress_file(file, &growing, options, progress, &mut summary)?;
         fs::rename(&growing, &done).map_err(Error::io(&done))?;
-        staging::sync_dir(&partial)?;
+        staging::sync_dir(partial)?;
     }
     for name in &companions.copied {
         staging::copy_file(&input.join(name), &partial.join(name))?;
@@ -104,7 +127,7 @@ fn compress_dir(input: &Path, output: &Path, options: &ConvertOptions, progress:
         progress.note(&format!("{name} is left out: not part of a safetensors checkpoint"));
     }
     // Everything is there: give the weights their names, write what describes them, and publish.
-    for file in &weights {
+    for file in weights {
         let name = file_name(file);
         let done = partial.join(format!("{name}{DONE}"));
         if done.exists() {
@@ -112,7 +135,7 @@ fn compress_dir(input: &Path, output: &Path, options: &ConvertOptions, progress:
         }
     }
     let mut entries = BTreeMap::new();
-    let codings = describe_weights(&partial, &weights, &mut entries)?;
+    let codings = describe_weights(partial, weights, &mut entries)?;
     for name in &companions.copied {
         entries.insert(name.clone(), file_entry(&partial.join(name), None)?);
     }
@@ -136,8 +159,7 @@ fn compress_dir(input: &Path, output: &Path, options: &ConvertOptions, progress:
     };
     staging::write_file(&partial.join(manifest::FILE_NAME), &manifest.to_bytes()?)?;
     staging::remove(&partial.join(JOURNAL))?;
-    staging::sync_dir(&partial)?;
-    staging::publish(&partial, output)?;
+    staging::sync_dir(partial)?;
     Ok(summary)
 }
 

@@ -1,6 +1,8 @@
 //! Weights for tests and benchmarks: the distributions that real matrices have, and those that break codecs.
 #![allow(dead_code)]
 
+pub mod model;
+
 use candle_taper::Dtype;
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
