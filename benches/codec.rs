@@ -7,7 +7,8 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use candle_taper::{Backend, Codec, CompressedMatrix, Dtype, Options, Stage, compress};
+use candle_taper::{Backend, Checkpoint, Codec, CompressedMatrix, Dtype, Options, Stage, compress, convert};
+use common::model::{tensor, write_shard};
 use common::{Shape, weights};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
@@ -63,5 +64,23 @@ fn encode(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, decode, encode);
+/// Opening a compressed checkpoint of 10,000 tensors: headers parsed and compared with their checksum, no tile touched.
+fn open(c: &mut Criterion) {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors: Vec<_> = (0..10_000)
+        .map(|i| {
+            let dims: &[usize] = if i % 2 == 0 { &[64, 64] } else { &[64] };
+            tensor(&format!("model.layers.{i}.self_attn.q_proj.weight"), Shape::Gaussian, Dtype::Bf16, dims, i)
+        })
+        .collect();
+    let (plain, packed) = (dir.path().join("plain.safetensors"), dir.path().join("packed.safetensors"));
+    write_shard(&plain, &tensors);
+    convert::compress(&plain, &packed, &Default::default(), &()).unwrap();
+    let mut group = c.benchmark_group("open");
+    group.sample_size(20);
+    group.bench_function("10,000 tensors", |b| b.iter(|| Checkpoint::open(black_box(&packed)).unwrap()));
+    group.bench_function("10,000 plain tensors", |b| b.iter(|| Checkpoint::open(black_box(&plain)).unwrap()));
+}
+
+criterion_group!(benches, decode, encode, open);
 criterion_main!(benches);

@@ -133,7 +133,7 @@ pub struct InspectArgs {
     /// Also write a self-contained page with charts
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// Decode all weights and count their entropy, instead of taking it from the frequency tables
+    /// Count entropies on all weights, instead of on a few tiles of each tensor
     #[arg(long)]
     pub exact: bool,
 }
