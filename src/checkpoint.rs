@@ -5,10 +5,9 @@ use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::codec::Dtype;
 use crate::format::safetensors::TensorEntry;
-use crate::format::shard::{self, matrix_shape};
-use crate::format::{Map, SafeTensors, Shard, Stored};
+use crate::format::shard::{self, Place, matrix_shape};
+use crate::format::{Checks, Map, SafeTensors, Shard, Stored};
 use crate::matrix::CompressedMatrix;
 use crate::{Error, Result};
 
@@ -78,7 +77,7 @@ pub struct TensorInfo {
     /// Bytes that it takes in its file.
     pub stored_bytes: u64,
     file: usize,
-    index: usize,
+    place: Place,
 }
 
 /// A tensor of a checkpoint.
@@ -142,18 +141,8 @@ impl Checkpoint {
     }
 
     fn open_tensor(&self, info: &TensorInfo) -> Result<Tensor<'_>> {
-        let bytes = self.files[info.file].bytes();
-        let header = SafeTensors::parse(bytes)?;
-        if !shard::is_compressed(&header) {
-            let entry = header.get(info.index).ok_or_else(|| Error::Invalid("the file has changed".into()))?;
-            let (start, end) = (header.data_start + entry.start as usize, header.data_start + entry.end as usize);
-            return Ok(Tensor::Plain(bytes.get(start..end).unwrap_or(&[])));
-        }
-        drop(header);
-        let shard = Shard::parse(bytes)?;
-        let source = shard.source()?;
-        let entry = source.get(info.index).ok_or_else(|| Error::Invalid("the file has changed".into()))?;
-        match shard.tensor(info.index, &entry)? {
+        let stored = info.place.open(self.files[info.file].bytes(), &info.dtype, &info.shape, Checks::On);
+        match stored.map_err(|e| e.in_tensor(&info.name))? {
             Stored::Plain(bytes) => Ok(Tensor::Plain(bytes)),
             Stored::Compressed(stream) => CompressedMatrix::from_stream(stream).map(Tensor::Compressed),
         }
@@ -204,21 +193,25 @@ impl Checkpoint {
 /// The tensors of one file, and whether it is compressed.
 fn list(bytes: &[u8], file: usize) -> Result<(Vec<TensorInfo>, bool)> {
     let header = SafeTensors::parse(bytes)?;
-    let info = |index: usize, own: TensorEntry, stored: TensorEntry| TensorInfo {
+    let info = |own: TensorEntry, place: Place| TensorInfo {
         name: own.name.to_string(),
         dtype: own.dtype.to_string(),
         shape: own.shape.to_vec(),
-        compressed: own.dtype != stored.dtype && Dtype::from_name(own.dtype).is_some(),
-        stored_bytes: stored.bytes(),
+        compressed: place.compressed,
+        stored_bytes: (place.end - place.start) as u64,
         file,
-        index,
+        place,
     };
     if !shard::is_compressed(&header) {
-        return Ok((header.iter().enumerate().map(|(i, entry)| info(i, entry, entry)).collect(), false));
+        let place = |entry: &TensorEntry| {
+            let at = |offset: u64| header.data_start + offset as usize;
+            Place { start: at(entry.start), end: at(entry.end), compressed: false, hash: None }
+        };
+        return Ok((header.iter().map(|entry| info(entry, place(&entry))).collect(), false));
     }
     drop(header);
     let shard = Shard::parse(bytes)?;
     let source = shard.source()?;
-    let pairs = source.iter().zip(shard.header().iter()).enumerate();
-    Ok((pairs.map(|(i, (own, stored))| info(i, own, stored)).collect(), true))
+    let tensors = source.iter().enumerate().map(|(index, own)| Ok(info(own, shard.place(index, &own)?)));
+    Ok((tensors.collect::<Result<_>>()?, true))
 }

@@ -98,47 +98,78 @@ impl<'a> Shard<'a> {
         if same { Ok(source) } else { Err(Error::Malformed(format!("the tensors in {SOURCE_KEY} are not those here"))) }
     }
 
-    /// Bytes of tensor `index`, unchecked.
-    fn bytes(&self, entry: &TensorEntry) -> &'a [u8] {
+    /// Where tensor `index` (in the order of offsets) lies and what it must be; `source` is its entry in the original
+    /// header. Touches no tensor.
+    pub fn place(&self, index: usize, source: &TensorEntry) -> Result<Place> {
+        let (Some(entry), Some(&hash)) = (self.header.get(index), self.hashes.get(index)) else {
+            return Err(Error::Invalid(format!("no tensor {index}")));
+        };
         let start = self.header.data_start + entry.start as usize;
-        self.file.get(start..start + entry.bytes() as usize).unwrap_or(&[])
+        let compressed = entry.dtype != source.dtype;
+        let fits = match compressed {
+            true => entry.dtype == "U8" && Dtype::from_name(source.dtype).is_some(),
+            false => entry.shape == source.shape,
+        };
+        if !fits {
+            let (now, then) = ((entry.dtype, entry.shape), (source.dtype, source.shape));
+            return Err(Error::field("tensor", format!("{now:?}"), format!("{then:?}, or a tile stream of it"))
+                .in_tensor(entry.name));
+        }
+        Ok(Place { start, end: start + entry.bytes() as usize, compressed, hash: Some(hash) })
     }
 
     /// Tensor `index` in the order of offsets; `source` is its entry in the original header.
     ///
     /// The checksum of a plain tensor is compared here, that of a stream's preamble too; its tiles are not touched.
     pub fn tensor(&self, index: usize, source: &TensorEntry) -> Result<Stored<'a>> {
-        let open = |entry: &TensorEntry| {
-            let (bytes, stored) = (self.bytes(entry), self.hashes[index]);
-            if entry.dtype == source.dtype {
-                if entry.shape != source.shape {
-                    return Err(Error::field("shape", format!("{:?}", entry.shape), format!("{:?}", source.shape)));
+        self.place(index, source)?
+            .open(self.file, source.dtype, source.shape, self.checks)
+            .map_err(|e| e.in_tensor(source.name))
+    }
+}
+
+/// Where a tensor lies in its file, and what it must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// First byte, from the start of the file.
+    pub start: usize,
+    /// Past the last byte.
+    pub end: usize,
+    /// True if it is a tile stream.
+    pub compressed: bool,
+    /// Its checksum, or that of its stream's preamble, if the file has one.
+    pub hash: Option<u64>,
+}
+
+impl Place {
+    /// Opens the tensor in its file's bytes; `dtype` and `shape` are its own.
+    pub fn open<'a>(&self, file: &'a [u8], dtype: &str, shape: &[u64], checks: Checks) -> Result<Stored<'a>> {
+        let have = file.len() as u64;
+        let bytes = file.get(self.start..self.end);
+        let bytes = bytes.ok_or(Error::Truncated { what: "the tensor", need: self.end as u64, have })?;
+        if !self.compressed {
+            let computed = if checks == Checks::On && self.hash.is_some() { Some(checksum::of(bytes)) } else { None };
+            return match (self.hash, computed) {
+                (Some(stored), Some(computed)) if stored != computed => {
+                    Err(Error::Checksum { what: "the tensor", stored, computed })
                 }
-                let computed = checksum::of(bytes);
-                if self.checks == Checks::On && computed != stored {
-                    return Err(Error::Checksum { what: "the tensor", stored, computed });
-                }
-                return Ok(Stored::Plain(bytes));
-            }
-            if entry.dtype != "U8" || Dtype::from_name(source.dtype).is_none() {
-                return Err(Error::Unsupported(format!("stored as {}, originally {}", entry.dtype, source.dtype)));
-            }
-            let stream = TileStream::parse_with(bytes, self.checks)?;
-            if self.checks == Checks::On && stream.hash() != stored {
-                let computed = stream.hash();
-                return Err(Error::Checksum { what: "the list of tensors (another tensor's data?)", stored, computed });
-            }
-            let (rows, cols) = matrix_shape(source.shape).unwrap_or((0, 0));
-            let geometry = stream.geometry();
-            let plan = stream.plan();
-            if (geometry.rows as u64, geometry.cols as u64, plan.dtype.name()) != (rows, cols, source.dtype) {
-                let got = format!("{}x{} of {}", geometry.rows, geometry.cols, plan.dtype.name());
-                return Err(Error::field("shape", got, format!("{rows}x{cols} of {}", source.dtype)));
-            }
-            Ok(Stored::Compressed(stream))
-        };
-        let entry = self.header.get(index).ok_or_else(|| Error::Invalid(format!("no tensor {index}")))?;
-        open(&entry).map_err(|e| e.in_tensor(entry.name))
+                _ => Ok(Stored::Plain(bytes)),
+            };
+        }
+        let stream = TileStream::parse_with(bytes, checks)?;
+        if let (Checks::On, Some(stored)) = (checks, self.hash)
+            && stream.hash() != stored
+        {
+            let computed = stream.hash();
+            return Err(Error::Checksum { what: "the list of tensors (another tensor's data?)", stored, computed });
+        }
+        let (rows, cols) = matrix_shape(shape).unwrap_or((0, 0));
+        let (geometry, own) = (stream.geometry(), stream.plan().dtype.name());
+        if (geometry.rows as u64, geometry.cols as u64, own) != (rows, cols, dtype) {
+            let got = format!("{}x{} of {own}", geometry.rows, geometry.cols);
+            return Err(Error::field("shape", got, format!("{rows}x{cols} of {dtype}")));
+        }
+        Ok(Stored::Compressed(stream))
     }
 }
 
