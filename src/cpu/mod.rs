@@ -222,7 +222,7 @@ fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8
         escapes: band.bytes.escapes,
         missing: false,
     };
-    if cols % 64 == 0 {
+    if cols.is_multiple_of(64) {
         for row in 0..band.rows {
             join.run(backend, row * cols, &mut out[row * stride..row * stride + 2 * cols]);
         }

@@ -215,7 +215,10 @@ impl<'a> Tile<'a> {
             let sizes = tile.sizes(band);
             let n = rect.band(band).weights();
             let (least, most) = plan.coded_bounds(n);
-            if sizes.coded < least || sizes.coded > most || sizes.coded % 2 != 0 && plan.coding == Coding::Rans {
+            if sizes.coded < least
+                || sizes.coded > most
+                || !sizes.coded.is_multiple_of(2) && plan.coding == Coding::Rans
+            {
                 return Err(Error::field("coded bytes of a band", sizes.coded, format!("{least}..={most}")));
             }
             let allowed = if plan.escape_class().is_some() { n } else { 0 };

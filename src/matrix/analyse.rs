@@ -159,7 +159,7 @@ fn joint_highs(source: &Source, plan: &Plan) -> Vec<u64> {
 /// Makes sure that symbols which occur only in padding, or only where an odd band ends, have a frequency.
 fn count_padding(source: &Source, plan: &Plan, counts: &mut Counts) {
     let geometry = source.geometry;
-    let even = geometry.cols % 64 == 0;
+    let even = geometry.cols.is_multiple_of(64);
     if even || plan.class_bits != 4 {
         counts[0] += u64::from(!even);
         return;
