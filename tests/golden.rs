@@ -4,7 +4,7 @@ mod common;
 
 use candle_taper::format::checksum;
 use candle_taper::{CompressedMatrix, Kind, Predictor, compress};
-use common::golden::{Golden, all};
+use common::golden::{Golden, Random, all};
 
 fn compressed(golden: &Golden) -> Vec<u8> {
     compress(&golden.source(), golden.dtype, golden.rows, golden.cols, &golden.options).unwrap()
@@ -20,6 +20,35 @@ fn write() {
         let decoded = CompressedMatrix::open(&stream).unwrap().decode().unwrap();
         println!("{}: {} bytes, decoded: {:#018x}", golden.name, stream.len(), checksum::of(&decoded));
         std::fs::write(golden.path(), stream).unwrap();
+    }
+}
+
+/// Writes what the fuzzers start from: `cargo test --test golden -- --ignored`.
+#[test]
+#[ignore = "writes the seeds of the fuzz targets"]
+fn write_seeds() {
+    let write = |target: &str, name: &str, bytes: &[u8]| {
+        let directory = format!("{}/fuzz/seeds/{target}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(format!("{directory}/{name}"), bytes).unwrap();
+    };
+    for Golden { name, stream, .. } in all() {
+        write("header", name, stream);
+        write("header", &format!("{name}-preamble"), &stream[..640]);
+        // A table with a coded band behind it.
+        write("table", name, &stream[64..1024]);
+    }
+    let mut random = Random(4);
+    for n in [0, 64, 300] {
+        write("table", &format!("counts-{n}"), &[vec![n as u8 / 8], random.bytes(n)].concat());
+    }
+    for stream in 0..8 {
+        // Changes to the header, to the first tile, and a new start of its coded data.
+        let places = [[7, 0, 0, 1], [0, 3, 0, 255], [200, 2, 0, 0]];
+        let changes = places.iter().flatten().copied().chain(random.bytes(stream as usize % 4));
+        write("tile", &stream.to_string(), &[stream * 9].into_iter().chain(changes).collect::<Vec<_>>());
+        let head = [stream % 6, stream % 4, 40, 30, stream % 3, 0, 10, stream % 3];
+        write("roundtrip", &stream.to_string(), &[&head[..], &random.bytes(200)].concat());
     }
 }
 
