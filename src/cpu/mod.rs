@@ -271,6 +271,7 @@ impl Bf16Join<'_> {
 
     /// The next `count` escape bytes, zeros where they are missing, in a buffer of 64.
     #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn take_escapes(&mut self, count: usize) -> [u8; 64] {
         let mut buffer = [0; 64];
         let have = count.min(self.escapes.len());
