@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_taper::{Dtype, Options, Stage, compress};
+use candle_taper::{CompressedMatrix, Dtype, Options, Stage, compress};
 use common::golden::{Random, all};
 use common::patch::{Patch, at, decode, record, refused};
 
@@ -207,6 +207,26 @@ fn trailing_bytes_are_refused() {
     for golden in all() {
         for extra in [1, 16, 4096] {
             refused(&[golden.stream, &vec![0; extra]].concat(), "stream size");
+        }
+    }
+}
+
+/// Not the stream but the caller lies here.
+#[test]
+fn tiles_and_buffers_that_do_not_fit_are_errors() {
+    for golden in all() {
+        let matrix = CompressedMatrix::open(golden.stream).unwrap();
+        let (tiles, bytes) = (matrix.geometry().tiles(), matrix.decode_tile(0).unwrap().1.len());
+        for tile in [tiles, tiles + 1, usize::MAX / 32, usize::MAX] {
+            assert!(matrix.stream().record(tile).is_err() && matrix.stream().tile(tile).is_err());
+            assert!(matrix.decode_tile(tile).is_err());
+            assert!(matrix.decode_tile_into(tile, &mut vec![0; bytes]).is_err());
+        }
+        for wrong in [0, 1, bytes - 1, bytes + 1, 2 * bytes] {
+            assert!(matrix.decode_tile_into(0, &mut vec![0; wrong]).is_err(), "{wrong} bytes instead of {bytes}");
+        }
+        for rows in [golden.rows..golden.rows + 1, 0..usize::MAX, usize::MAX..usize::MAX] {
+            assert!(matrix.decode_rows(rows).is_err());
         }
     }
 }

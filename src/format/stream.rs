@@ -136,8 +136,8 @@ impl<'a> TileStream<'a> {
 
     /// The record of tile `tile`.
     pub fn record(&self, tile: usize) -> Result<Record> {
-        let at = HEADER_BYTES + TABLE_BYTES + RECORD_BYTES * tile;
-        match self.data.get(at..).and_then(|rest| rest.first_chunk()) {
+        let at = RECORD_BYTES.checked_mul(tile).and_then(|at| at.checked_add(HEADER_BYTES + TABLE_BYTES));
+        match at.and_then(|at| self.data.get(at..)).and_then(|rest| rest.first_chunk()) {
             Some(bytes) if tile < self.geometry().tiles() => Record::parse(bytes),
             _ => Err(Error::Invalid(format!("tile {tile} of a matrix with {} tiles", self.geometry().tiles()))),
         }
