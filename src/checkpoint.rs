@@ -86,7 +86,7 @@ pub enum Tensor<'a> {
     /// Stored as it is.
     Plain(&'a [u8]),
     /// Stored as a tile stream. Dimensions but the last are its rows.
-    Compressed(CompressedMatrix<'a>),
+    Compressed(Box<CompressedMatrix<'a>>),
 }
 
 impl Checkpoint {
@@ -144,7 +144,7 @@ impl Checkpoint {
         let stored = info.place.open(self.files[info.file].bytes(), &info.dtype, &info.shape, Checks::On);
         match stored.map_err(|e| e.in_tensor(&info.name))? {
             Stored::Plain(bytes) => Ok(Tensor::Plain(bytes)),
-            Stored::Compressed(stream) => CompressedMatrix::from_stream(stream).map(Tensor::Compressed),
+            Stored::Compressed(stream) => Ok(Tensor::Compressed(Box::new(CompressedMatrix::from_stream(*stream)?))),
         }
     }
 

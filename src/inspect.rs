@@ -95,7 +95,7 @@ impl TensorInfo {
     /// The name without its layer and `.weight`: `mlp.up_proj`, `embed_tokens`.
     pub fn family(&self) -> &str {
         let name = self.name.strip_suffix(".weight").unwrap_or(&self.name);
-        let after_layer = name.split_once(|c: char| c == '.').map_or(name, |(_, rest)| rest);
+        let after_layer = name.split_once('.').map_or(name, |(_, rest)| rest);
         let mut rest = after_layer;
         while let Some((head, tail)) = rest.split_once('.') {
             rest = tail;

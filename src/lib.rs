@@ -10,7 +10,7 @@
 //! ```
 //! use candle_taper::{CompressedMatrix, Dtype, Options, compress};
 //!
-//! let weights: Vec<u8> = (0..512 * 512u32).flat_map(|i| (0x3c00 + (i % 509) as u16).to_le_bytes()).collect();
+//! let weights: Vec<u8> = (0..512 * 512u32).flat_map(|i| (0x3c00 + (i * 7 % 509) as u16).to_le_bytes()).collect();
 //! let bytes = compress(&weights, Dtype::Bf16, 512, 512, &Options::default())?;
 //! assert!(bytes.len() < weights.len());
 //!
@@ -47,6 +47,10 @@
 //!
 //! Every error is an [`Error`]; no input, however damaged, makes this crate panic or read out of bounds.
 #![deny(missing_docs)]
+
+// Sizes of files and matrices are computed in `usize`.
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("candle-taper needs a 64-bit target");
 
 pub mod checkpoint;
 pub mod codec;

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_taper::{Backend, Codec, CompressedMatrix, Dtype, Options, ScaleLayout, Stage, compress};
-use common::{Shape, weights};
+use common::{Shape, backends, weights};
 use proptest::prelude::*;
 
 const DTYPES: [Dtype; 6] = [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::F8E4M3, Dtype::F8E5M2, Dtype::I8];
@@ -11,14 +11,6 @@ const STAGES: [Stage; 3] = [Stage::Rans, Stage::Fixed12, Stage::Fixed11];
 
 fn lossless(stage: Stage) -> Options {
     Options { stage, ..Options::default() }
-}
-
-/// Backends that this machine has; says which of the others went untested.
-fn backends() -> Vec<Backend> {
-    let (have, lack): (Vec<_>, Vec<_>) = Backend::ALL.into_iter().partition(|b| b.available());
-    static SAID: std::sync::Once = std::sync::Once::new();
-    SAID.call_once(|| lack.iter().for_each(|b| println!("skipped: backend {} is not available here", b.name())));
-    have
 }
 
 /// Decodes with every backend; all must give the same bytes, which are returned.

@@ -45,7 +45,7 @@ fn pack_part<const WIDTH: usize>(n: usize, out: &mut Vec<u8>, value: impl Fn(usi
     let byte =
         |first: usize, count: usize| (0..count).fold(0u8, |b, k| b | ((value(first + k) & mask) << (k * WIDTH)) as u8);
     out.extend((0..n / per).map(|j| byte(j * per, per)));
-    if n % per != 0 {
+    if !n.is_multiple_of(per) {
         out.push(byte(n / per * per, n % per));
     }
 }

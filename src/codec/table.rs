@@ -87,8 +87,9 @@ pub fn log2(x: u64) -> u64 {
     let mut log = whole;
     for _ in 0..16 {
         y = (y * y) >> 31;
-        log = log << 1 | y >> 32;
-        y >>= y >> 32;
+        let bit = y >> 32;
+        log = log << 1 | bit;
+        y >>= bit;
     }
     log
 }
@@ -253,7 +254,7 @@ mod tests {
                 [1 << 16, (1 << 16) + 1, limit - 1, limit / 2, limit / 3, u64::from(f) * 70_001, limit - u64::from(f)]
             {
                 let x = (x.clamp(1 << 16, limit - 1)) as u32;
-                assert_eq!(super::super::rans::push(x, symbol), (x / f << 12) + x % f + freq, "f {f} x {x}");
+                assert_eq!(super::super::rans::push(x, symbol), ((x / f) << 12) + x % f + freq, "f {f} x {x}");
             }
         }
     }

@@ -92,7 +92,7 @@ fn restore_file(input: &Path, output: &Path, progress: &dyn Progress, summary: &
             }
             Stored::Compressed(stream) => {
                 summary.compressed += 1;
-                let matrix = CompressedMatrix::from_stream(stream)?;
+                let matrix = CompressedMatrix::from_stream(*stream)?;
                 strips(&matrix, progress, &mut write).map_err(|e| e.in_tensor(entry.name))
             }
         };

@@ -101,7 +101,7 @@ fn verify_weights(map: &Map, progress: &dyn Progress, report: &mut VerifyReport)
         match shard.tensor(index, &entry)? {
             Stored::Plain(bytes) => progress.advance(bytes.len() as u64),
             Stored::Compressed(stream) => {
-                let matrix = CompressedMatrix::from_stream(stream)?;
+                let matrix = CompressedMatrix::from_stream(*stream)?;
                 report.tiles += matrix.geometry().tiles() as u64;
                 verify_tiles(&matrix, progress).map_err(|e| e.in_tensor(entry.name))?;
             }

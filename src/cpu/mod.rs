@@ -226,7 +226,7 @@ fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8
         escapes: band.bytes.escapes,
         missing: false,
     };
-    if cols % 64 == 0 {
+    if cols.is_multiple_of(64) {
         for row in 0..band.rows {
             join.run(backend, row * cols, &mut out[row * stride..row * stride + 2 * cols]);
         }
@@ -277,6 +277,7 @@ impl Bf16Join<'_> {
 
     /// The next `count` escape bytes, zeros where they are missing, in a buffer of 64.
     #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn take_escapes(&mut self, count: usize) -> [u8; 64] {
         let mut buffer = [0; 64];
         let have = count.min(self.escapes.len());

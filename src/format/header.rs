@@ -232,4 +232,4 @@ impl Record {
     }
 }
 
-const _: () = assert!(STATE_BYTES % 16 == 0);
+const _: () = assert!(STATE_BYTES.is_multiple_of(16));

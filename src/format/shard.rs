@@ -45,7 +45,7 @@ pub enum Stored<'a> {
     /// Its bytes as they were.
     Plain(&'a [u8]),
     /// A tile stream.
-    Compressed(TileStream<'a>),
+    Compressed(Box<TileStream<'a>>),
 }
 
 impl<'a> Shard<'a> {
@@ -169,7 +169,7 @@ impl Place {
             let got = format!("{}x{} of {own}", geometry.rows, geometry.cols);
             return Err(Error::field("shape", got, format!("{rows}x{cols} of {dtype}")));
         }
-        Ok(Stored::Compressed(stream))
+        Ok(Stored::Compressed(Box::new(stream)))
     }
 }
 

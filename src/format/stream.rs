@@ -136,8 +136,8 @@ impl<'a> TileStream<'a> {
 
     /// The record of tile `tile`.
     pub fn record(&self, tile: usize) -> Result<Record> {
-        let at = HEADER_BYTES + TABLE_BYTES + RECORD_BYTES * tile;
-        match self.data.get(at..).and_then(|rest| rest.first_chunk()) {
+        let at = RECORD_BYTES.checked_mul(tile).and_then(|at| at.checked_add(HEADER_BYTES + TABLE_BYTES));
+        match at.and_then(|at| self.data.get(at..)).and_then(|rest| rest.first_chunk()) {
             Some(bytes) if tile < self.geometry().tiles() => Record::parse(bytes),
             _ => Err(Error::Invalid(format!("tile {tile} of a matrix with {} tiles", self.geometry().tiles()))),
         }
@@ -215,7 +215,10 @@ impl<'a> Tile<'a> {
             let sizes = tile.sizes(band);
             let n = rect.band(band).weights();
             let (least, most) = plan.coded_bounds(n);
-            if sizes.coded < least || sizes.coded > most || sizes.coded % 2 != 0 && plan.coding == Coding::Rans {
+            if sizes.coded < least
+                || sizes.coded > most
+                || !sizes.coded.is_multiple_of(2) && plan.coding == Coding::Rans
+            {
                 return Err(Error::field("coded bytes of a band", sizes.coded, format!("{least}..={most}")));
             }
             let allowed = if plan.escape_class().is_some() { n } else { 0 };

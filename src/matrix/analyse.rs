@@ -207,7 +207,7 @@ fn joint_highs(source: &Source, plan: &Plan, levels: &[u8]) -> Vec<u64> {
 /// Makes sure that symbols which occur only in padding, or only where an odd band ends, have a frequency.
 fn count_padding(source: &Source, plan: &Plan, scales: &[u8], counts: &mut Counts) {
     let geometry = source.geometry;
-    let even = geometry.cols % 64 == 0;
+    let even = geometry.cols.is_multiple_of(64);
     if even || plan.class_bits != 4 {
         counts[0] += u64::from(!even);
         return;

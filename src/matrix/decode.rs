@@ -174,10 +174,7 @@ impl<'a> CompressedMatrix<'a> {
 
     /// One tile, row by row in the matrix's dtype, and its place in the matrix.
     pub fn decode_tile(&self, index: usize) -> Result<(Rect, Vec<u8>)> {
-        if index >= self.geometry().tiles() {
-            return Err(Error::Invalid(format!("tile {index} of a matrix with {} tiles", self.geometry().tiles())));
-        }
-        let rect = self.geometry().tile(index);
+        let rect = self.tile_rect(index)?;
         let mut out = vec![0; rect.weights() * self.dtype().size()];
         self.decode_tile_into(index, &mut out)?;
         Ok((rect, out))
@@ -185,8 +182,15 @@ impl<'a> CompressedMatrix<'a> {
 
     /// As [`CompressedMatrix::decode_tile`], into `out`, which has just its size.
     pub fn decode_tile_into(&self, index: usize, out: &mut [u8]) -> Result<()> {
-        let rect = self.geometry().tile(index);
+        let rect = self.tile_rect(index)?;
         let stride = rect.cols * self.dtype().size();
+        if out.len() != rect.rows * stride {
+            return Err(Error::Invalid(format!(
+                "tile {index} into {} bytes: {} are needed",
+                out.len(),
+                rect.rows * stride
+            )));
+        }
         let mut work = Work::default();
         for (band, out) in out.chunks_mut(BAND_ROWS * stride).enumerate().take(rect.bands()) {
             let opened = self.open_band(index, band)?;
@@ -206,6 +210,15 @@ impl<'a> CompressedMatrix<'a> {
             highs.map_err(|e| self.stream.in_tile(tile, e))?.iter().for_each(|&high| each(high));
         }
         Ok(())
+    }
+
+    /// Where tile `index` lies, if there is one.
+    fn tile_rect(&self, index: usize) -> Result<Rect> {
+        let tiles = self.geometry().tiles();
+        if index >= tiles {
+            return Err(Error::Invalid(format!("tile {index} of a matrix with {tiles} tiles")));
+        }
+        Ok(self.geometry().tile(index))
     }
 
     /// Finds a band (substream) of a tile; compares the tile's checksum when it is first used.

@@ -3,7 +3,7 @@
 //! ```
 //! use candle_taper::{CompressedMatrix, Dtype, Options};
 //!
-//! let weights: Vec<u8> = (0..512 * 512u32).flat_map(|i| (0x3c00 + (i % 509) as u16).to_le_bytes()).collect();
+//! let weights: Vec<u8> = (0..512 * 512u32).flat_map(|i| (0x3c00 + (i * 7 % 509) as u16).to_le_bytes()).collect();
 //! let bytes = candle_taper::compress(&weights, Dtype::Bf16, 512, 512, &Options::default())?;
 //! assert!(bytes.len() < weights.len());
 //!

@@ -1,9 +1,12 @@
 //! Weights for tests and benchmarks: the distributions that real matrices have, and those that break codecs.
 #![allow(dead_code)]
 
+pub mod bands;
+pub mod golden;
 pub mod model;
+pub mod patch;
 
-use candle_taper::Dtype;
+use candle_taper::{Backend, Dtype};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -117,4 +120,12 @@ pub fn snr(signal: &[f32], decoded: &[f32]) -> f64 {
     let power: f64 = signal.iter().map(|&v| f64::from(v).powi(2)).sum();
     let noise: f64 = signal.iter().zip(decoded).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
     10.0 * (power / noise).log10()
+}
+
+/// Backends that this machine has; says which of the others go untested.
+pub fn backends() -> Vec<Backend> {
+    let (have, lack): (Vec<_>, Vec<_>) = Backend::ALL.into_iter().partition(|b| b.available());
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| lack.iter().for_each(|b| println!("skipped: backend {} is not available here", b.name())));
+    have
 }

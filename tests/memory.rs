@@ -1,0 +1,122 @@
+//! What a stream announces is no reason to allocate: parsing needs memory in proportion to what is there.
+#![allow(unsafe_code)]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use candle_taper::CompressedMatrix;
+use candle_taper::format::{Checks, SafeTensors, TileStream};
+use common::golden::all;
+use common::patch::{Patch, at, record};
+
+/// Counts the bytes in use and their peak.
+struct Counting;
+
+static USED: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: passes every call on to the system's allocator and keeps its promises.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let used = USED.fetch_add(layout.size(), Relaxed) + layout.size();
+        PEAK.fetch_max(used, Relaxed);
+        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        USED.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most memory in use at once during `f`, over what was in use before.
+fn peak_of(f: impl FnOnce()) -> usize {
+    let before = USED.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    f();
+    PEAK.load(Relaxed) - before
+}
+
+/// Streams whose fields ask for far more than is there.
+fn greedy() -> Vec<Vec<u8>> {
+    let [max, tiles] = [u32::MAX, 1 << 24].map(u32::to_le_bytes);
+    let mut streams = vec![Vec::new()];
+    for golden in all() {
+        let base = Patch::new(golden.stream);
+        let rows = base.clone().put(at::ROWS, max).put(at::TILE_ROWS, tiles);
+        let columns = base.clone().put(at::COLS, max).put(at::TILE_COLS, tiles);
+        streams.push(golden.stream.to_vec());
+        streams.push(rows.clone().put(at::COLS, max).put(at::TILE_COLS, tiles).seal());
+        streams.push(rows.clone().put(at::TOTAL, u64::MAX.to_le_bytes()).seal());
+        streams.extend([rows.seal(), columns.seal()]);
+        streams.push(base.clone().put(at::TOTAL, (1u64 << 43).to_le_bytes()).seal());
+        for (field, value) in [(record::OFFSET, 8), (record::SIZE, 4), (record::ESCAPES, 4)] {
+            streams.push(base.clone().put(Patch::record(0) + field, &[255; 8][..value]).seal());
+        }
+        let start = base.tile(0).start;
+        streams.push(base.put(start, [255; 8]).seal_tile(0).seal());
+        streams.extend((0..8 * 640).map(|bit| {
+            let mut flipped = golden.stream.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            flipped
+        }));
+    }
+    streams
+}
+
+/// Safetensors headers that try to cost more than they are long.
+fn greedy_headers() -> Vec<String> {
+    let many =
+        |n: usize, part: &dyn Fn(usize) -> String| format!("{{{}}}", (0..n).map(part).collect::<Vec<_>>().join(","));
+    let empty = |i: usize| format!("\"{i:x}\":{{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}");
+    let escaped = |i: usize| format!("\"\\u0041{i:x}\":{{\"dtype\":\"\\u0055\",\"shape\":[0],\"data_offsets\":[0,0]}}");
+    let ranks = |i: usize| format!("\"{i:x}\":{{\"dtype\":\"U8\",\"shape\":[0,0,0,0,0,0,0,0],\"data_offsets\":[0,0]}}");
+    let pairs = |i: usize| format!("\"{i:x}\":\"\"");
+    vec![
+        many(60_000, &empty),
+        many(60_000, &escaped),
+        many(60_000, &ranks),
+        format!("{{\"__metadata__\":{}}}", many(400_000, &pairs)),
+        format!("{{\"__metadata__\":{{\"a\":\"{}\"}}}}", "\"data_offsets\"".replace('"', "\\\"").repeat(200_000)),
+        format!("{{\"a\":{{\"dtype\":\"U8\",\"shape\":[{}0],\"data_offsets\":[0,0]}}}}", "0,".repeat(1_000_000)),
+        format!("{{\"a\":{}1{}}}", "[".repeat(500_000), "]".repeat(500_000)),
+        format!("{{\"a\":{{\"b\":{}", "{\"c\":".repeat(300_000)),
+    ]
+}
+
+/// One test only: others running beside it would be counted too.
+#[test]
+fn parsing_allocates_in_proportion_to_the_header() {
+    for header in greedy_headers() {
+        let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        let peak = peak_of(|| drop(SafeTensors::parse(&file)));
+        assert!(peak <= 4 * header.len() + (1 << 20), "{peak} bytes for {}: {:.90}", header.len(), header);
+    }
+    let length = peak_of(|| assert!(SafeTensors::parse(&99_000_000u64.to_le_bytes()).is_err()));
+    assert!(length < 1 << 20, "{length}");
+
+    let streams = greedy();
+    // The choice of a backend is made once and kept.
+    drop(CompressedMatrix::open(all()[0].stream));
+    for stream in &streams {
+        for checks in [Checks::On, Checks::Off] {
+            let peak = peak_of(|| {
+                if let Ok(parsed) = TileStream::parse_with(stream, checks) {
+                    let tiles = parsed.geometry().tiles();
+                    let matrix = CompressedMatrix::from_stream(parsed);
+                    let whole = matrix.map(|m| (0..tiles).all(|tile| m.stream().tile(tile).is_ok()));
+                    assert!(whole.is_ok(), "the backend was chosen before");
+                }
+            });
+            let preamble = stream.len().min(Patch::record(1));
+            assert!(peak <= 4 * preamble + (1 << 20), "{peak} bytes for a stream of {}", stream.len());
+        }
+    }
+}
