@@ -110,13 +110,11 @@ pub fn classify(plan: &Plan, codes: &[u32], shifts: &[u8], classes: &mut Vec<u8>
         _ if plan.class_bits == 0 => {}
         (Kind::Rate, _) => classes.extend(codes.iter().map(|&q| plan.rate_class(q as i32) as u8)),
         (_, Some(float)) => {
+            // In passes of their own, the first two of which vectorise.
+            classes.extend(codes.iter().map(|&c| float.high(c)));
+            classes.iter_mut().zip(shifts).for_each(|(high, &shift)| *high = high.wrapping_sub(shift));
             let lookup = plan.map.lookup(plan.class_bits);
-            if shifts.is_empty() {
-                classes.extend(codes.iter().map(|&c| lookup[float.high(c) as usize]));
-            } else {
-                let shifted = codes.iter().zip(shifts).map(|(&c, &s)| float.high(c).wrapping_sub(s));
-                classes.extend(shifted.map(|high| lookup[high as usize]));
-            }
+            classes.iter_mut().for_each(|high| *high = lookup[*high as usize]);
         }
         _ if plan.class_bits == 8 => classes.extend(codes.iter().map(|&c| c as u8)),
         _ => {
@@ -131,9 +129,14 @@ pub fn classify(plan: &Plan, codes: &[u32], shifts: &[u8], classes: &mut Vec<u8>
 #[inline(always)]
 pub fn symbols(plan: &Plan, classes: &[u8], plane: &mut Vec<u8>) {
     plane.clear();
-    match plan.class_bits {
-        4 => plane.extend(classes.chunks_exact(2).map(|pair| pair[0] | pair[1] << 4)),
-        _ => plane.extend_from_slice(classes),
+    if plan.class_bits != 4 {
+        plane.extend_from_slice(classes);
+        return;
+    }
+    plane.resize(classes.len() / 2, 0);
+    for (symbol, pair) in plane.iter_mut().zip(classes.chunks_exact(2)) {
+        let pair = u16::from_le_bytes([pair[0], pair[1]]);
+        *symbol = (pair | pair >> 4) as u8;
     }
 }
 
@@ -153,7 +156,7 @@ pub fn encode(
     let Scratch { classes, plane, words, .. } = scratch;
     classify(plan, codes, band.shifts, classes);
     match (plan.coding, table) {
-        (Coding::Plain, _) => planes::pack_field(n, plan.class_bits, out, |i| u32::from(classes[i])),
+        (Coding::Plain, _) => planes::pack_field(&classes[..n], plan.class_bits, out, u32::from),
         (Coding::Rans, Some(table)) => {
             symbols(plan, classes, plane);
             if !rans::encode(plane, table, words, out) {
@@ -165,13 +168,17 @@ pub fn encode(
     sizes.coded = out.len() - start;
     align(out);
     match plan.float_bits() {
-        Some(float) if plan.class_bits > 0 => planes::pack_field(n, plan.raw_bits, out, |i| float.raw(codes[i])),
-        _ => planes::pack_field(n, plan.raw_bits, out, |i| codes[i]),
+        Some(float) if plan.class_bits > 0 => planes::pack_field(codes, plan.raw_bits, out, |code| float.raw(code)),
+        _ => planes::pack_field(codes, plan.raw_bits, out, |code| code),
     }
     align(out);
     if let Some(escape) = plan.escape_class() {
         let start = out.len();
-        let marked = classes[..n].iter().enumerate().filter(|&(_, &c)| c == escape).map(|(i, _)| i);
+        // Escapes are rare: whole runs without one are passed over.
+        let runs = classes[..n].chunks(64).enumerate().filter(|(_, run)| run.contains(&escape));
+        let marked = runs.flat_map(|(at, run)| {
+            run.iter().enumerate().filter(|&(_, &class)| class == escape).map(move |(i, _)| 64 * at + i)
+        });
         match plan.float_bits() {
             _ if plan.kind == Kind::Rate => marked.for_each(|i| out.extend(band.values[i].to_le_bytes())),
             Some(float) => marked.for_each(|i| out.push(float.high(codes[i]))),

@@ -44,12 +44,13 @@ impl LevelSums {
     /// Adds the exponents of one row, starting in column `col`.
     #[inline(always)]
     pub fn add(&mut self, row: usize, col: usize, highs: impl Iterator<Item = u8>) {
-        let mut sum = 0;
+        // Of one tile: at most 256 exponents.
+        let mut sum = 0u32;
         for (total, high) in self.cols[col..].iter_mut().zip(highs) {
             *total += u64::from(high);
-            sum += u64::from(high);
+            sum += u32::from(high);
         }
-        self.rows[row] += sum;
+        self.rows[row] += u64::from(sum);
     }
 
     /// Adds another part's sums.

@@ -27,26 +27,32 @@ pub fn field_bytes(n: usize, bits: u32) -> usize {
     planes(bits).map(|(_, width)| plane_bytes(n, width)).sum()
 }
 
-/// Appends one plane: `value(i)`'s lowest `width` bits for `i` in `0..n`.
+/// Appends one plane: the lowest `width` bits of each item's `value`.
 #[inline(always)]
-pub fn pack(n: usize, width: u32, out: &mut Vec<u8>, value: impl Fn(usize) -> u32) {
+fn pack<T: Copy>(items: &[T], width: u32, out: &mut Vec<u8>, value: impl Fn(T) -> u32) {
+    let start = out.len();
+    out.resize(start + plane_bytes(items.len(), width), 0);
+    let plane = &mut out[start..];
     match width {
-        8 => out.extend((0..n).map(|i| value(i) as u8)),
-        4 => pack_part::<4>(n, out, value),
-        2 => pack_part::<2>(n, out, value),
-        _ => pack_part::<1>(n, out, value),
+        8 => plane.iter_mut().zip(items).for_each(|(byte, &item)| *byte = value(item) as u8),
+        4 => pack_part::<T, 4>(items, plane, value),
+        2 => pack_part::<T, 2>(items, plane, value),
+        _ => pack_part::<T, 1>(items, plane, value),
     }
 }
 
 #[inline(always)]
-fn pack_part<const WIDTH: usize>(n: usize, out: &mut Vec<u8>, value: impl Fn(usize) -> u32) {
-    let per = 8 / WIDTH;
+fn pack_part<T: Copy, const WIDTH: usize>(items: &[T], plane: &mut [u8], value: impl Fn(T) -> u32) {
     let mask = (1u32 << WIDTH) - 1;
-    let byte =
-        |first: usize, count: usize| (0..count).fold(0u8, |b, k| b | ((value(first + k) & mask) << (k * WIDTH)) as u8);
-    out.extend((0..n / per).map(|j| byte(j * per, per)));
-    if !n.is_multiple_of(per) {
-        out.push(byte(n / per * per, n % per));
+    let byte = |items: &[T]| {
+        let bits = |(k, &item): (usize, &T)| (value(item) & mask) << (k * WIDTH);
+        items.iter().enumerate().fold(0, |byte, item| byte | bits(item)) as u8
+    };
+    let whole = items.chunks_exact(8 / WIDTH);
+    let rest = whole.remainder();
+    plane.iter_mut().zip(whole).for_each(|(out, items)| *out = byte(items));
+    if let (false, Some(last)) = (rest.is_empty(), plane.last_mut()) {
+        *last = byte(rest);
     }
 }
 
@@ -78,11 +84,11 @@ pub fn unpack_field(mut bytes: &[u8], bits: u32, out: &mut [u32]) {
     }
 }
 
-/// Appends all planes of a field of `bits` bits.
+/// Appends all planes of a field of `bits` bits: those of each item's `value`.
 #[inline(always)]
-pub fn pack_field(n: usize, bits: u32, out: &mut Vec<u8>, value: impl Fn(usize) -> u32) {
+pub fn pack_field<T: Copy>(items: &[T], bits: u32, out: &mut Vec<u8>, value: impl Fn(T) -> u32) {
     for (shift, width) in planes(bits) {
-        pack(n, width, out, |i| value(i) >> shift);
+        pack(items, width, out, |item| value(item) >> shift);
     }
 }
 
@@ -107,7 +113,7 @@ mod tests {
                 let mask = u32::MAX >> (32 - bits);
                 let field: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(0x9e37_79b9) & mask).collect();
                 let mut bytes = Vec::new();
-                pack_field(n, bits, &mut bytes, |i| field[i]);
+                pack_field(&field, bits, &mut bytes, |value| value);
                 assert_eq!(bytes.len(), field_bytes(n, bits));
                 let mut back = vec![7; n];
                 unpack_field(&bytes, bits, &mut back);

@@ -95,20 +95,16 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
     if plan.class_bits == 0 {
         return Analysis { plan, scales: Vec::new(), candidates: Vec::new() };
     }
-    let mut joint = joint_highs(source, &plan, &[]);
-    let mut highs = marginal(&joint);
     let mut scales = Vec::new();
     if plan.allows_levels() {
-        // Levels are for rows and columns that differ: they must save more than their own bytes.
         let leveled = Plan { scale: ScaleLayout::Levels, ..plan.clone() };
         let levels = fit_levels(source, &plan);
-        let (leveled_joint, own) = (joint_highs(source, &leveled, &levels), 8 * 65_536 * levels.len() as u64);
-        let leveled_highs = marginal(&leveled_joint);
-        // A joint count is of two weights, as is the sum of a marginal.
-        if entropy_bits(&leveled_highs) + own + entropy_bits(&highs) / 500 < entropy_bits(&highs) {
-            (plan, scales, joint, highs) = (leveled, levels, leveled_joint, leveled_highs);
+        if levels_pay(source, [&plan, &leveled], &levels) {
+            (plan, scales) = (leveled, levels);
         }
     }
+    let joint = joint_highs(source, &plan, &scales, 1);
+    let highs = marginal(&joint);
     if plan.map.escape.is_some() {
         plan.map = ClassMap::commonest(&highs, plan.class_bits);
     }
@@ -128,6 +124,21 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
     Analysis { plan, scales, candidates: Vec::new() }
 }
 
+/// Tiles on which it is decided whether levels pay.
+const SAMPLED_TILES: usize = 16;
+
+/// Levels are for matrices whose rows and columns differ: they must save more than their own bytes, and more than a
+/// trifle. Judged on some of the tiles, with and without.
+fn levels_pay(source: &Source, plans: [&Plan; 2], levels: &[u8]) -> bool {
+    let step = source.geometry.tiles().div_ceil(SAMPLED_TILES);
+    let [without, with] = plans.map(|plan| marginal(&joint_highs(source, plan, levels, step)));
+    let sampled: u64 = without.iter().sum();
+    let (without, with) = (entropy_bits(&without), entropy_bits(&with));
+    let weights = (source.geometry.rows * source.geometry.cols) as u128;
+    let own = (8 * 65_536 * levels.len()) as u128 * u128::from(sampled) / weights;
+    u128::from(with) + own + u128::from(without) / 500 < u128::from(without)
+}
+
 /// Counts of single high parts from those of pairs.
 fn marginal(joint: &[u64]) -> Counts {
     let mut highs = [0u64; 256];
@@ -144,12 +155,14 @@ fn fit_levels(source: &Source, plan: &Plan) -> Vec<u8> {
     let geometry = source.geometry;
     let sum = |(mut sums, mut buffers): (LevelSums, Buffers), tile| {
         let rect = geometry.tile(tile);
-        cpu::vectorize(Backend::best(), || {
-            source.codes(plan, Scales::None, rect, &mut buffers.codes, &mut buffers.values);
-            for (row, codes) in buffers.codes.chunks_exact(rect.cols).enumerate() {
-                sums.add(rect.row + row, rect.col, codes.iter().map(|&c| float.high(c)));
-            }
-        });
+        for band in (0..rect.bands()).map(|index| rect.band(index)) {
+            cpu::vectorize(Backend::best(), || {
+                source.codes(plan, Scales::None, band, &mut buffers.codes, &mut buffers.values);
+                for (row, codes) in buffers.codes.chunks_exact(band.cols).enumerate() {
+                    sums.add(band.row + row, band.col, codes.iter().map(|&c| float.high(c)));
+                }
+            });
+        }
         (sums, buffers)
     };
     let zero = || LevelSums::new(geometry.rows, geometry.cols);
@@ -168,8 +181,8 @@ fn float_plan(kind: Kind, dtype: Dtype, stage: Stage) -> Plan {
     Plan::new(kind, dtype, class_bits, coding, ScaleLayout::None)
 }
 
-/// How often each pair of high parts occurs, as `first | second << 8`. An odd last weight pairs with the commonest.
-fn joint_highs(source: &Source, plan: &Plan, levels: &[u8]) -> Vec<u64> {
+/// How often each pair of high parts occurs in every `step`th tile, as `first | second << 8`.
+fn joint_highs(source: &Source, plan: &Plan, levels: &[u8], step: usize) -> Vec<u64> {
     let Some(float) = plan.float_bits() else {
         return vec![0; 1 << 16];
     };
@@ -201,7 +214,7 @@ fn joint_highs(source: &Source, plan: &Plan, levels: &[u8]) -> Vec<u64> {
         a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
         a
     };
-    tiles(source).fold(start, count).map(|(joint, _)| joint).reduce(|| vec![0; 1 << 16], add)
+    tiles(source).step_by(step).fold(start, count).map(|(joint, _)| joint).reduce(|| vec![0; 1 << 16], add)
 }
 
 /// Makes sure that symbols which occur only in padding, or only where an odd band ends, have a frequency.
