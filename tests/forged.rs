@@ -74,7 +74,8 @@ fn foreign_versions_and_fields_are_refused() {
     refused(&put(at::CLASS_BITS, 5), "class bits is 5");
     refused(&put(at::CODING, 2), "coding is 2");
     refused(&put(at::RAW_BITS, 9), "raw bits is 9, allowed: 8");
-    refused(&put(at::SCALE, 4), "scale layout is 4");
+    refused(&put(at::SCALE, 5), "scale layout is 5");
+    refused(&golden("rate").put(at::SCALE, [4]).seal(), "rate with Levels scales");
     refused(&golden("rate").put(at::RAW_BITS, [8]).seal(), "raw bits is 8, allowed: 0..=7");
 }
 

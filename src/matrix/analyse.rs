@@ -98,8 +98,11 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
     let mut scales = Vec::new();
     if plan.allows_levels() {
         let leveled = Plan { scale: ScaleLayout::Levels, ..plan.clone() };
-        let levels = fit_levels(source, &plan);
-        if levels_pay(source, [&plan, &leveled], &levels) {
+        let step = source.geometry.tiles().div_ceil(SAMPLED_TILES);
+        let without = marginal(&joint_highs(source, &plan, &[], step));
+        let levels = fit_levels(source, &plan, commonest(&without));
+        let with = marginal(&joint_highs(source, &leveled, &levels, step));
+        if levels_pay(source, [&without, &with], levels.len()) {
             (plan, scales) = (leveled, levels);
         }
     }
@@ -128,14 +131,12 @@ fn lossless_float(source: &Source, stage: Stage) -> Analysis {
 const SAMPLED_TILES: usize = 16;
 
 /// Levels are for matrices whose rows and columns differ: they must save more than their own bytes, and more than a
-/// trifle. Judged on some of the tiles, with and without.
-fn levels_pay(source: &Source, plans: [&Plan; 2], levels: &[u8]) -> bool {
-    let step = source.geometry.tiles().div_ceil(SAMPLED_TILES);
-    let [without, with] = plans.map(|plan| marginal(&joint_highs(source, plan, levels, step)));
-    let sampled: u64 = without.iter().sum();
-    let (without, with) = (entropy_bits(&without), entropy_bits(&with));
+/// trifle. Judged on the counts of high parts in some of the tiles, without and with levels.
+fn levels_pay(source: &Source, counts: [&Counts; 2], bytes: usize) -> bool {
+    let sampled: u64 = counts[0].iter().sum();
+    let [without, with] = counts.map(entropy_bits);
     let weights = (source.geometry.rows * source.geometry.cols) as u128;
-    let own = (8 * 65_536 * levels.len()) as u128 * u128::from(sampled) / weights;
+    let own = (8 * 65_536 * bytes) as u128 * u128::from(sampled) / weights;
     u128::from(with) + own + u128::from(without) / 500 < u128::from(without)
 }
 
@@ -149,8 +150,14 @@ fn marginal(joint: &[u64]) -> Counts {
     highs
 }
 
-/// Levels of rows and columns from their mean exponents.
-fn fit_levels(source: &Source, plan: &Plan) -> Vec<u8> {
+/// The most frequent high part.
+fn commonest(counts: &Counts) -> u8 {
+    (0..=255).max_by_key(|&high| counts[usize::from(high)]).unwrap_or(0)
+}
+
+/// Levels of rows and columns from their mean exponents. Those far from `middle` (zeros, infinities, outliers) count as
+/// if they were there: a few of them must not move a row.
+fn fit_levels(source: &Source, plan: &Plan, middle: u8) -> Vec<u8> {
     let Some(float) = plan.float_bits() else { return Vec::new() };
     let geometry = source.geometry;
     let sum = |(mut sums, mut buffers): (LevelSums, Buffers), tile| {
@@ -159,7 +166,11 @@ fn fit_levels(source: &Source, plan: &Plan) -> Vec<u8> {
             cpu::vectorize(Backend::best(), || {
                 source.codes(plan, Scales::None, band, &mut buffers.codes, &mut buffers.values);
                 for (row, codes) in buffers.codes.chunks_exact(band.cols).enumerate() {
-                    sums.add(band.row + row, band.col, codes.iter().map(|&c| float.high(c)));
+                    let high = |&code: &u32| {
+                        let high = float.high(code);
+                        if high.abs_diff(middle) < 8 { high } else { middle }
+                    };
+                    sums.add(band.row + row, band.col, codes.iter().map(high));
                 }
             });
         }
