@@ -7,7 +7,9 @@
 #[path = "../tests/common/mod.rs"]
 mod common;
 
-use candle_taper::{Backend, Checkpoint, Codec, CompressedMatrix, Dtype, Options, Stage, compress, convert};
+use candle_taper::codec::Scratch;
+use candle_taper::format::TileStream;
+use candle_taper::{Backend, Checkpoint, Codec, CompressedMatrix, Dtype, Options, Stage, compress, convert, cpu};
 use common::model::{tensor, write_shard};
 use common::{Shape, weights};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -39,6 +41,27 @@ fn decode(c: &mut Criterion) {
             }
         }
         group.bench_function("memcpy", |b| b.iter(|| out.copy_from_slice(black_box(&data))));
+    }
+}
+
+/// The entropy decoder alone: rANS words to class planes that stay in cache, one band at a time and two side by side.
+fn words(c: &mut Criterion) {
+    let data = weights(Shape::Scaled, Dtype::Bf16, 256, 256, 1);
+    let stream = compress(&data, Dtype::Bf16, 256, 256, &Options::default()).unwrap();
+    let stream = TileStream::parse(&stream).unwrap();
+    let (table, tile) = (stream.decode_table(), stream.tile(0).unwrap());
+    let [a, b] = [0, 1].map(|index| stream.band(&tile, index, &table));
+    let mut group = c.benchmark_group("decode/words");
+    for backend in Backend::ALL.into_iter().filter(|b| b.available() && *b != Backend::Scalar) {
+        let [mut left, mut right] = [Scratch::default(), Scratch::default()];
+        group.throughput(Throughput::Elements(a.weights() as u64));
+        group.bench_function(BenchmarkId::new("one", backend.name()), |bench| {
+            bench.iter(|| cpu::symbols(backend, [black_box(&a)], [&mut left]));
+        });
+        group.throughput(Throughput::Elements(2 * a.weights() as u64));
+        group.bench_function(BenchmarkId::new("two", backend.name()), |bench| {
+            bench.iter(|| cpu::symbols(backend, [black_box(&a), &b], [&mut left, &mut right]));
+        });
     }
 }
 
@@ -82,5 +105,5 @@ fn open(c: &mut Criterion) {
     group.bench_function("10,000 plain tensors", |b| b.iter(|| Checkpoint::open(black_box(&plain)).unwrap()));
 }
 
-criterion_group!(benches, decode, encode, open);
+criterion_group!(benches, decode, words, encode, open);
 criterion_main!(benches);
