@@ -60,6 +60,12 @@ mod error;
 pub mod format;
 pub mod inspect;
 pub mod matrix;
+#[cfg(feature = "candle")]
+pub mod models;
+#[cfg(feature = "candle")]
+pub mod nn;
+#[cfg(feature = "candle")]
+pub mod ops;
 
 pub use checkpoint::Checkpoint;
 pub use codec::plan::Stage;
