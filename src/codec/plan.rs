@@ -124,10 +124,19 @@ impl Plan {
 
     /// Bytes of a decoded weight: its stored code, or an `f32` for quantised kinds.
     pub fn value_bytes(&self) -> usize {
-        match (self.kind, self.scale) {
-            (Kind::Int8 | Kind::Rate, _) if self.quantised() => 4,
-            (Kind::Int8, _) => 1,
-            (kind, _) => kind.code_bits() as usize / 8,
+        self.value_dtype().size()
+    }
+
+    /// What decoded values are, by the dtype of the same layout.
+    pub fn value_dtype(&self) -> Dtype {
+        match self.kind {
+            Kind::Int8 | Kind::Rate if self.quantised() => Dtype::F32,
+            Kind::Bf16 => Dtype::Bf16,
+            Kind::F16 => Dtype::F16,
+            Kind::F8E4M3 => Dtype::F8E4M3,
+            Kind::F8E5M2 => Dtype::F8E5M2,
+            Kind::Int8 => Dtype::I8,
+            Kind::F32 | Kind::Rate => Dtype::F32,
         }
     }
 

@@ -137,6 +137,40 @@ pub fn convert(values: &[u8], width: usize, dtype: Dtype, out: &mut [u8]) {
     }
 }
 
+/// The value of an F8_E4M3 weight: bias 7, no infinities, NaN where all bits but the sign are set.
+#[inline(always)]
+pub fn e4m3_to_f32(bits: u8) -> f32 {
+    let (sign, magnitude) = (u32::from(bits & 0x80) << 24, u32::from(bits & 0x7f));
+    // As an f32 the exponent is 120 too low; multiplying by 2^120 also makes subnormals right.
+    let value = f32::from_bits(magnitude << 20) * f32::from_bits((127 + 120) << 23);
+    let value = if magnitude == 0x7f { f32::NAN } else { value };
+    f32::from_bits(value.to_bits() | sign)
+}
+
+/// The value of an F8_E5M2 weight: the upper half of an F16.
+#[inline(always)]
+pub fn e5m2_to_f32(bits: u8) -> f32 {
+    f16::from_bits(u16::from(bits) << 8).to_f32()
+}
+
+/// The values of little-endian weights.
+#[inline(always)]
+pub fn to_f32s(dtype: Dtype, weights: &[u8], out: &mut [f32]) {
+    let halves = weights.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b));
+    let bytes = weights.iter();
+    match dtype {
+        Dtype::Bf16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f32::from_bits(u32::from(b) << 16)),
+        Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_bits(b).to_f32()),
+        Dtype::F32 => {
+            let words = weights.as_chunks::<4>().0;
+            out.iter_mut().zip(words).for_each(|(o, &b)| *o = f32::from_le_bytes(b));
+        }
+        Dtype::F8E4M3 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = e4m3_to_f32(b)),
+        Dtype::F8E5M2 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = e5m2_to_f32(b)),
+        Dtype::I8 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = f32::from(b as i8)),
+    }
+}
+
 /// The BF16 that `bits` (F16 or F32) equals exactly and that restores it bit for bit, if there is one.
 #[inline(always)]
 pub fn narrow(dtype: Dtype, bits: u32) -> Option<u16> {
@@ -181,6 +215,16 @@ mod tests {
             let v = f32::from_bits(bits);
             assert_eq!(to_bf16(v), half::bf16::from_f32(v).to_bits(), "{bits:08x}");
         }
+    }
+
+    #[test]
+    fn f8_values_are_those_of_their_formats() {
+        let e4m3 = [(0x00, 0.0), (0x01, 1.0 / 512.0), (0x08, 1.0 / 64.0), (0x38, 1.0), (0x7e, 448.0), (0xb9, -1.125)];
+        assert!(e4m3.iter().all(|&(bits, value)| e4m3_to_f32(bits) == value));
+        assert!(e4m3_to_f32(0x7f).is_nan() && e4m3_to_f32(0xff).is_nan());
+        assert_eq!(e4m3_to_f32(0x80).to_bits(), 0x8000_0000);
+        let e5m2 = [(0x01, 2f32.powi(-16)), (0x3c, 1.0), (0x7b, 57_344.0), (0x7c, f32::INFINITY), (0xc0, -2.0)];
+        assert!(e5m2.iter().all(|&(bits, value)| e5m2_to_f32(bits) == value));
     }
 
     #[test]

@@ -9,7 +9,10 @@ use crate::codec::table::DecodeTable;
 
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt") && is_x86_feature_detected!("bmi1")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("popcnt")
+        && is_x86_feature_detected!("bmi1")
 }
 
 /// For each set of lanes that need a word, which of the next words each lane takes.
@@ -90,7 +93,7 @@ fn rans_avx2(coded: &[u8], table: &DecodeTable, plane: &mut [u8]) -> bool {
 /// Runs `f`, compiled for these instructions where it is inlined.
 #[inline(always)]
 pub(super) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
-    #[target_feature(enable = "avx2,popcnt,bmi1")]
+    #[target_feature(enable = "avx2,fma,popcnt,bmi1")]
     fn inner<R>(f: impl FnOnce() -> R) -> R {
         f()
     }

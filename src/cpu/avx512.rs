@@ -111,7 +111,7 @@ fn rans_avx512<const N: usize>(coded: [&[u8]; N], table: &DecodeTable, mut plane
 /// Runs `f`, compiled for these instructions where it is inlined.
 #[inline(always)]
 pub(super) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+    #[target_feature(enable = "fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
     fn inner<R>(f: impl FnOnce() -> R) -> R {
         f()
     }
@@ -129,51 +129,10 @@ pub(super) fn join_bf16(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
 fn join_bf16_avx512(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
-    // SAFETY: the map has 16 bytes.
-    let map = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(join.map.as_ptr().cast()) });
-    let escape = _mm512_set1_epi8(join.escape() as i8);
-    let nibbles = _mm512_set1_epi64(0x1c18_1410_0c08_0400);
-    let pairs = _mm512_set1_epi64(0x0e0c_0a08_0604_0200);
-    let mantissa = _mm512_set1_epi8(0x7f);
     // Where each quarter of the two interleaved halves belongs.
     let (front, back) = (_mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4));
     for (step, out) in out.chunks_mut(128).enumerate() {
-        let i = first + 64 * step;
-        // SAFETY: loads are from arrays of their size.
-        let (class, raw) = unsafe {
-            let class = if join.class_bits == 4 {
-                let plane: [u8; 32] = load(join.plane, i / 2);
-                let spread = _mm512_cvtepu32_epi64(_mm256_loadu_si256(plane.as_ptr().cast()));
-                _mm512_and_si512(_mm512_multishift_epi64_epi8(nibbles, spread), _mm512_set1_epi8(15))
-            } else {
-                let plane: [u8; 16] = load(join.plane, i / 4);
-                let top = u64::from_le_bytes(load(join.plane, join.high_plane + i / 8));
-                let spread = _mm512_cvtepu16_epi64(_mm_loadu_si128(plane.as_ptr().cast()));
-                let class = _mm512_and_si512(_mm512_multishift_epi64_epi8(pairs, spread), _mm512_set1_epi8(3));
-                _mm512_mask_add_epi8(class, top, class, _mm512_set1_epi8(4))
-            };
-            let raw: [u8; 64] = load(join.raw, i);
-            (class, _mm512_loadu_si512(raw.as_ptr().cast()))
-        };
-        let mut high = _mm512_shuffle_epi8(map, class);
-        if !join.shifts.is_empty() {
-            let shifts: [u8; 64] = load(join.shifts, i);
-            // SAFETY: the array has 64 bytes.
-            high = _mm512_add_epi8(high, unsafe { _mm512_loadu_si512(shifts.as_ptr().cast()) });
-        }
-        // Weights behind the end of a partial step are no escapes.
-        let valid = u64::MAX >> (64 - out.len() / 2);
-        let escaped = _mm512_cmpeq_epi8_mask(class, escape) & valid;
-        if escaped != 0 {
-            let values = join.take_escapes(escaped.count_ones() as usize);
-            // SAFETY: the buffer has 64 bytes.
-            let values = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
-            high = _mm512_mask_expand_epi8(high, escaped, values);
-        }
-        // Upper byte: sign, then seven exponent bits. Lower byte: the last exponent bit, then the mantissa.
-        let upper = _mm512_ternarylogic_epi64::<0xCA>(mantissa, _mm512_srli_epi16::<1>(high), raw);
-        let lower = _mm512_ternarylogic_epi64::<0xCA>(mantissa, raw, _mm512_slli_epi16::<7>(high));
-        let (even, odd) = (_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper));
+        let [even, odd] = weights64(join, first + 64 * step, out.len() / 2);
         let weights = [_mm512_permutex2var_epi64(even, front, odd), _mm512_permutex2var_epi64(even, back, odd)];
         // SAFETY: a full step has 128 bytes of output; a partial one goes through an array of them.
         unsafe {
@@ -185,5 +144,88 @@ fn join_bf16_avx512(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
                 out.copy_from_slice(&bytes[..out.len()]);
             }
         }
+    }
+}
+
+/// The 64 weights from `i` on, of which `count` are there: of each 16, the first 8 in the first vector.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+#[inline]
+fn weights64(join: &mut Bf16Join, i: usize, count: usize) -> [__m512i; 2] {
+    let mantissa = _mm512_set1_epi8(0x7f);
+    // SAFETY: loads are from arrays of their size.
+    let (map, class, raw) = unsafe {
+        let map = _mm512_broadcast_i32x4(_mm_loadu_si128(join.map.as_ptr().cast()));
+        let class = if join.class_bits == 4 {
+            let plane: [u8; 32] = load(join.plane, i / 2);
+            let spread = _mm512_cvtepu32_epi64(_mm256_loadu_si256(plane.as_ptr().cast()));
+            let nibbles = _mm512_set1_epi64(0x1c18_1410_0c08_0400);
+            _mm512_and_si512(_mm512_multishift_epi64_epi8(nibbles, spread), _mm512_set1_epi8(15))
+        } else {
+            let plane: [u8; 16] = load(join.plane, i / 4);
+            let top = u64::from_le_bytes(load(join.plane, join.high_plane + i / 8));
+            let spread = _mm512_cvtepu16_epi64(_mm_loadu_si128(plane.as_ptr().cast()));
+            let pairs = _mm512_set1_epi64(0x0e0c_0a08_0604_0200);
+            let class = _mm512_and_si512(_mm512_multishift_epi64_epi8(pairs, spread), _mm512_set1_epi8(3));
+            _mm512_mask_add_epi8(class, top, class, _mm512_set1_epi8(4))
+        };
+        let raw: [u8; 64] = load(join.raw, i);
+        (map, class, _mm512_loadu_si512(raw.as_ptr().cast()))
+    };
+    let mut high = _mm512_shuffle_epi8(map, class);
+    if !join.shifts.is_empty() {
+        let shifts: [u8; 64] = load(join.shifts, i);
+        // SAFETY: the array has 64 bytes.
+        high = _mm512_add_epi8(high, unsafe { _mm512_loadu_si512(shifts.as_ptr().cast()) });
+    }
+    // Weights behind the end of a partial step are no escapes.
+    let valid = u64::MAX >> (64 - count);
+    let escaped = _mm512_cmpeq_epi8_mask(class, _mm512_set1_epi8(join.escape() as i8)) & valid;
+    if escaped != 0 {
+        let values = join.take_escapes(escaped.count_ones() as usize);
+        // SAFETY: the buffer has 64 bytes.
+        let values = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+        high = _mm512_mask_expand_epi8(high, escaped, values);
+    }
+    // Upper byte: sign, then seven exponent bits. Lower byte: the last exponent bit, then the mantissa.
+    let upper = _mm512_ternarylogic_epi64::<0xCA>(mantissa, _mm512_srli_epi16::<1>(high), raw);
+    let lower = _mm512_ternarylogic_epi64::<0xCA>(mantissa, raw, _mm512_slli_epi16::<7>(high));
+    [_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)]
+}
+
+/// Adds to each of `y` the product of a row of BF16 weights with the activation, whose [`super::dot::permuted`] form is
+/// `x`: `x.len()` columns, a multiple of 64. The weights never leave the registers.
+pub(super) fn dot_bf16(join: &mut Bf16Join, x: &[f32], y: &mut [f32]) {
+    assert!(available());
+    assert_eq!(x.len() % 64, 0);
+    // SAFETY: the assertion above ensures that the CPU has the instructions.
+    unsafe { dot_bf16_avx512(join, x, y) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+fn dot_bf16_avx512(join: &mut Bf16Join, x: &[f32], y: &mut [f32]) {
+    let zero = _mm512_setzero_si512();
+    let cols = x.len();
+    for (row, y) in y.iter_mut().enumerate() {
+        let mut sums = [_mm512_setzero_ps(); 4];
+        for (step, x) in x.chunks_exact(64).enumerate() {
+            let [even, odd] = weights64(join, row * cols + 64 * step, 64);
+            let parts = [
+                _mm512_unpacklo_epi16(zero, even),
+                _mm512_unpackhi_epi16(zero, even),
+                _mm512_unpacklo_epi16(zero, odd),
+                _mm512_unpackhi_epi16(zero, odd),
+            ];
+            for (part, (sum, x)) in parts.into_iter().zip(sums.iter_mut().zip(x.chunks_exact(16))) {
+                // SAFETY: the chunk has 16 values.
+                let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
+                *sum = _mm512_fmadd_ps(_mm512_castsi512_ps(part), x, *sum);
+            }
+        }
+        // The order of `super::dot::reduce`.
+        let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+        let half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
+        let quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+        let pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+        *y += _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
     }
 }

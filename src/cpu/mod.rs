@@ -16,6 +16,8 @@ use crate::{Error, Result};
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod dot;
+pub mod gemm;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
@@ -210,35 +212,22 @@ pub(crate) fn convert(
 
 /// BF16 classes, raw bytes and escapes to weights.
 fn join_bf16(backend: Backend, band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
-    let plane = match band.plan.coding {
-        Coding::Plain => band.bytes.coded,
-        Coding::Rans => &scratch.plane,
-    };
     let cols = band.cols;
-    vectorize(backend, || levels::shifts(&band.scales, cols, &mut scratch.shifts));
-    let mut join = Bf16Join {
-        shifts: &scratch.shifts,
-        class_bits: band.plan.class_bits,
-        map: &band.plan.map.values,
-        plane,
-        high_plane: plane.len().min(band.weights().div_ceil(4)),
-        raw: band.bytes.raw,
-        escapes: band.bytes.escapes,
-        missing: false,
-    };
+    let Scratch { plane, shifts, bytes, .. } = scratch;
+    let mut join = Bf16Join::new(backend, band, plane, shifts);
     if cols.is_multiple_of(64) {
         for row in 0..band.rows {
             join.run(backend, row * cols, &mut out[row * stride..row * stride + 2 * cols]);
         }
     } else {
-        scratch.bytes.clear();
-        scratch.bytes.resize(2 * band.weights(), 0);
-        join.run(backend, 0, &mut scratch.bytes);
-        for (row, weights) in scratch.bytes.chunks_exact(2 * cols).enumerate() {
+        bytes.clear();
+        bytes.resize(2 * band.weights(), 0);
+        join.run(backend, 0, bytes);
+        for (row, weights) in bytes.chunks_exact(2 * cols).enumerate() {
             out[row * stride..row * stride + 2 * cols].copy_from_slice(weights);
         }
     }
-    if join.missing || !join.escapes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
+    join.finish()
 }
 
 /// The state of joining BF16 weights: where the planes lie, and the escapes not yet taken.
@@ -255,7 +244,28 @@ struct Bf16Join<'a> {
     missing: bool,
 }
 
-impl Bf16Join<'_> {
+impl<'a> Bf16Join<'a> {
+    /// At the start of a band whose rANS symbols, if it has any, are in `plane`.
+    fn new(backend: Backend, band: &Band<'a>, plane: &'a [u8], shifts: &'a mut Vec<u8>) -> Bf16Join<'a> {
+        vectorize(backend, || levels::shifts(&band.scales, band.cols, shifts));
+        let plane = if band.plan.coding == Coding::Plain { band.bytes.coded } else { plane };
+        Bf16Join {
+            class_bits: band.plan.class_bits,
+            map: &band.plan.map.values,
+            shifts,
+            plane,
+            high_plane: plane.len().min(band.weights().div_ceil(4)),
+            raw: band.bytes.raw,
+            escapes: band.bytes.escapes,
+            missing: false,
+        }
+    }
+
+    /// An error unless every marker had an escape entry and none is left.
+    fn finish(&self) -> Result<()> {
+        if self.missing || !self.escapes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
+    }
+
     /// Writes the weights from `first` (a multiple of 64) on, as many as `out` holds.
     fn run(&mut self, backend: Backend, first: usize, out: &mut [u8]) {
         match backend {

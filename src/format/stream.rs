@@ -1,5 +1,7 @@
 //! A tile stream: the parsed and validated bytes of one compressed matrix.
 
+use std::borrow::Cow;
+
 use super::checksum;
 use super::header::{HASH_OFFSET, HEADER_BYTES, Header, RECORD_BYTES, Record, TABLE_BYTES};
 use crate::codec::band::{Band, BandBytes, BandSizes, encoded_bytes};
@@ -21,11 +23,21 @@ pub enum Checks {
 #[derive(Clone, Debug)]
 pub struct TileStream<'a> {
     data: &'a [u8],
-    header: Header,
+    header: Cow<'a, Header>,
     checks: Checks,
 }
 
 impl<'a> TileStream<'a> {
+    /// A stream that was parsed before, from its bytes and its header.
+    pub(crate) fn reopened(data: &'a [u8], header: &'a Header, checks: Checks) -> TileStream<'a> {
+        TileStream { data, header: Cow::Borrowed(header), checks }
+    }
+
+    /// The header with its table, for [`TileStream::reopened`].
+    pub(crate) fn into_header(self) -> (Header, Checks) {
+        (self.header.into_owned(), self.checks)
+    }
+
     /// Parses and validates the preamble of `data`, which must be exactly one tile stream.
     pub fn parse(data: &'a [u8]) -> Result<TileStream<'a>> {
         Self::parse_with(data, Checks::On)
@@ -58,7 +70,7 @@ impl<'a> TileStream<'a> {
             Some(table) => Some(FreqTable::parse(table)?),
             None => return Err(need("the frequency table", TABLE_BYTES as u64)),
         };
-        let stream = TileStream { data, header, checks };
+        let stream = TileStream { data, header: Cow::Owned(header), checks };
         stream.validate_records()?;
         Ok(stream)
     }

@@ -1,8 +1,8 @@
 //! Reading a compressed matrix.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
@@ -18,9 +18,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct CompressedMatrix<'a> {
     stream: TileStream<'a>,
-    table: OnceLock<DecodeTable>,
-    /// One bit for each tile whose checksum has been compared.
-    checked: Vec<AtomicU8>,
+    shared: Arc<Shared>,
     backend: Backend,
 }
 
@@ -35,8 +33,18 @@ impl<'a> CompressedMatrix<'a> {
 
     /// Wraps a parsed stream.
     pub fn from_stream(stream: TileStream<'a>) -> Result<CompressedMatrix<'a>> {
-        let checked = (0..stream.geometry().tiles().div_ceil(8)).map(|_| AtomicU8::new(0)).collect();
-        Ok(CompressedMatrix { stream, table: OnceLock::new(), checked, backend: Backend::current()? })
+        let shared = Arc::new(Shared::new(&stream));
+        Ok(CompressedMatrix { stream, shared, backend: Backend::current()? })
+    }
+
+    /// Opens a matrix that was opened before, with what was made for it then.
+    pub(crate) fn reopened(stream: TileStream<'a>, shared: Arc<Shared>, backend: Backend) -> CompressedMatrix<'a> {
+        CompressedMatrix { stream, shared, backend }
+    }
+
+    /// The backend that it decodes with.
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// Decodes with another backend, which must be available.
@@ -222,8 +230,8 @@ impl<'a> CompressedMatrix<'a> {
     }
 
     /// Finds a band (substream) of a tile; compares the tile's checksum when it is first used.
-    fn open_band(&self, tile: usize, band: usize) -> Result<OpenBand<'_>> {
-        let (byte, bit) = (&self.checked[tile / 8], 1u8 << (tile % 8));
+    pub(crate) fn open_band(&self, tile: usize, band: usize) -> Result<OpenBand<'_>> {
+        let (byte, bit) = (&self.shared.checked[tile / 8], 1u8 << (tile % 8));
         let fresh = byte.load(Ordering::Relaxed) & bit == 0;
         let opened = self.stream.tile_with(tile, if fresh { Checks::On } else { Checks::Off })?;
         if fresh {
@@ -232,8 +240,9 @@ impl<'a> CompressedMatrix<'a> {
         Ok(OpenBand { tile: opened, band, rect: opened.rect.band(band) })
     }
 
-    fn view<'s>(&'s self, band: &'s OpenBand<'s>) -> Band<'s> {
-        let table = self.table.get_or_init(|| self.stream.decode_table());
+    /// What a decoder needs of it.
+    pub(crate) fn view<'s>(&'s self, band: &'s OpenBand<'s>) -> Band<'s> {
+        let table = self.shared.table.get_or_init(|| self.stream.decode_table());
         self.stream.band(&band.tile, band.band, table)
     }
 
@@ -267,11 +276,27 @@ impl<'a> CompressedMatrix<'a> {
     }
 }
 
+/// What is made once for a matrix, however often it is opened.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    table: OnceLock<DecodeTable>,
+    /// One bit for each tile whose checksum has been compared.
+    checked: Vec<AtomicU8>,
+}
+
+impl Shared {
+    pub(crate) fn new(stream: &TileStream) -> Shared {
+        let checked = (0..stream.geometry().tiles().div_ceil(8)).map(|_| AtomicU8::new(0)).collect();
+        Shared { table: OnceLock::new(), checked }
+    }
+}
+
 /// A band whose tile's checksum has been compared.
-struct OpenBand<'a> {
+pub(crate) struct OpenBand<'a> {
     tile: Tile<'a>,
     band: usize,
-    rect: Rect,
+    /// Its place in the matrix.
+    pub(crate) rect: Rect,
 }
 
 /// Buffers for one band being decoded.

@@ -17,10 +17,14 @@ mod analyse;
 mod decode;
 mod encode;
 mod options;
+mod product;
 mod rate;
 mod source;
+mod weight;
 
 pub use decode::CompressedMatrix;
 pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
 pub use options::{Codec, Options};
+pub use product::{Executor, RayonExecutor};
 pub use source::Source;
+pub use weight::Weight;
