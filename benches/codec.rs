@@ -9,6 +9,7 @@ mod common;
 
 use candle_taper::codec::Scratch;
 use candle_taper::format::TileStream;
+use candle_taper::matrix::RayonExecutor;
 use candle_taper::{Backend, Checkpoint, Codec, CompressedMatrix, Dtype, Options, Stage, compress, convert, cpu};
 use common::model::{tensor, write_shard};
 use common::{Shape, weights};
@@ -65,6 +66,26 @@ fn words(c: &mut Criterion) {
     }
 }
 
+/// Products of a 4096×4096 matrix with one row of activations, on all cores: decoded as they are multiplied.
+fn matvec(c: &mut Criterion) {
+    let (rows, cols) = (4096, 4096);
+    let data = weights(Shape::Scaled, Dtype::Bf16, rows, cols, 1);
+    let x: Vec<f32> = (0..cols).map(|k| (k % 17) as f32 - 8.0).collect();
+    let mut group = c.benchmark_group("matvec 4096x4096 all cores");
+    group.throughput(Throughput::Elements((rows * cols) as u64)).sample_size(20);
+    let int8 = Options { codec: Codec::Int8, ..Options::default() };
+    let lossless = STAGES.map(|stage| (stage.name(), Options { stage, ..Options::default() }));
+    for (name, options) in lossless.into_iter().chain([("int8", int8)]) {
+        let stream = compress(&data, Dtype::Bf16, rows, cols, &options).unwrap();
+        for backend in Backend::ALL.into_iter().filter(|b| b.available() && *b != Backend::Scalar) {
+            let matrix = CompressedMatrix::open(&stream).unwrap().with_backend(backend);
+            group.bench_function(BenchmarkId::new(name, backend.name()), |b| {
+                b.iter(|| matrix.matvec(black_box(&x), &RayonExecutor).unwrap());
+            });
+        }
+    }
+}
+
 fn encode(c: &mut Criterion) {
     let pool = one_thread();
     let (rows, cols) = (2048, 2048);
@@ -105,5 +126,5 @@ fn open(c: &mut Criterion) {
     group.bench_function("10,000 plain tensors", |b| b.iter(|| Checkpoint::open(black_box(&plain)).unwrap()));
 }
 
-criterion_group!(benches, decode, words, encode, open);
+criterion_group!(benches, decode, words, matvec, encode, open);
 criterion_main!(benches);

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::codec::Dtype;
 use crate::format::safetensors::TensorEntry;
 use crate::format::shard::{self, Place, matrix_shape};
 use crate::format::{Checks, Map, SafeTensors, Shard, Stored};
-use crate::matrix::CompressedMatrix;
+use crate::matrix::{self, CompressedMatrix, Options, Weight};
 use crate::{Error, Result};
 
 /// Name of the list of tensors of a checkpoint with several files.
@@ -173,6 +175,28 @@ impl Checkpoint {
         }
     }
 
+    /// A tensor of two or more dimensions as a compressed weight that keeps the checkpoint's map: without a copy where it
+    /// is compressed, else compressed now as `options` say.
+    ///
+    /// # Errors
+    /// If there is no such tensor, it is damaged, or its dtype or shape cannot be compressed.
+    pub fn weight(self: &Arc<Self>, name: &str, options: &Options) -> Result<Weight> {
+        let info = self.info(name)?;
+        let weight = || match self.open_tensor(info)? {
+            Tensor::Compressed(_) => Weight::new(MappedTensor { checkpoint: self.clone(), place: info.clone() }),
+            Tensor::Plain(bytes) => {
+                let dtype = Dtype::from_name(&info.dtype);
+                let Some((dtype, (rows, cols))) = dtype.zip(matrix_shape(&info.shape)) else {
+                    let what = format!("a tensor of shape {:?} and dtype {} is no weight", info.shape, info.dtype);
+                    return Err(Error::Unsupported(what).in_tensor(name));
+                };
+                let stream = matrix::compress(bytes, dtype, rows as usize, cols as usize, options);
+                Weight::new(stream.map_err(|e| e.in_tensor(name))?)
+            }
+        };
+        weight().map_err(|e| e.in_file(self.file_of(info)))
+    }
+
     /// One 256×256 tile of a compressed tensor: its place and its weights.
     pub fn read_tile(&self, name: &str, tile: usize) -> Result<(crate::codec::Rect, Vec<u8>)> {
         match self.tensor(name)? {
@@ -187,6 +211,19 @@ impl Checkpoint {
             Ok(info) => error.in_tensor(name).in_file(self.file_of(info)),
             Err(_) => error,
         }
+    }
+}
+
+/// A tensor's bytes, for as long as its checkpoint is mapped.
+struct MappedTensor {
+    checkpoint: Arc<Checkpoint>,
+    place: TensorInfo,
+}
+
+impl AsRef<[u8]> for MappedTensor {
+    fn as_ref(&self) -> &[u8] {
+        let TensorInfo { file, place, .. } = &self.place;
+        self.checkpoint.files[*file].bytes().get(place.start..place.end).unwrap_or(&[])
     }
 }
 

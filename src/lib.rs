@@ -42,6 +42,7 @@
 //! | [`cpu`] | decoding with AVX2, AVX-512 and NEON; the only `unsafe` besides the memory map |
 //! | [`matrix`] | one matrix in memory: analyse, encode, verify, decode |
 //! | [`checkpoint`] | a checkpoint on disk, read by tensor, tile or row |
+//! | `ops`, `nn` | with feature `candle`: products with compressed weights as candle operations, and layers of them |
 //! | [`convert`] | whole checkpoints: compress, decompress, verify |
 //! | [`inspect`] | where the bits went |
 //!

@@ -1,1 +1,49 @@
-//! Layers for candle.
+//! Layers for candle that keep their weights compressed while they are used.
+
+mod embedding;
+mod linear;
+
+pub use embedding::CompressedEmbedding;
+pub use linear::CompressedLinear;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use crate::codec::Dtype;
+use crate::matrix::{Options, Weight};
+
+/// Little-endian bytes of a tensor of at least two dimensions, with its dtype and the rows and columns that it is coded
+/// as: all dimensions but the last are rows.
+fn tensor_bytes(tensor: &Tensor) -> Result<(Vec<u8>, Dtype, usize, usize)> {
+    let Some((&cols, leading)) = tensor.dims().split_last().filter(|(_, leading)| !leading.is_empty()) else {
+        bail!("a compressed weight needs two dimensions, got {:?}", tensor.dims())
+    };
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+    let (bytes, dtype) = match tensor.dtype() {
+        DType::BF16 => (flat.to_vec1::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::Bf16),
+        DType::F16 => (flat.to_vec1::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F16),
+        DType::F32 => (flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32),
+        other => bail!("a weight of {other:?} cannot be compressed: allowed are bf16, f16 and f32"),
+    };
+    Ok((bytes, dtype, leading.iter().product(), cols))
+}
+
+/// Compresses a tensor of shape `[out, in]`.
+fn compress_tensor(tensor: &Tensor, options: &Options) -> Result<Weight> {
+    let (bytes, dtype, rows, cols) = tensor_bytes(tensor)?;
+    Ok(Weight::new(crate::matrix::compress(&bytes, dtype, rows, cols, options)?)?)
+}
+
+/// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.
+fn bytes_to_tensor(bytes: &[u8], dtype: Dtype, shape: (usize, usize)) -> Result<Tensor> {
+    let candle = match dtype {
+        Dtype::Bf16 => DType::BF16,
+        Dtype::F16 => DType::F16,
+        Dtype::F32 => DType::F32,
+        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::I8 => {
+            let mut values = vec![0.0; shape.0 * shape.1];
+            crate::codec::quant::to_f32s(dtype, bytes, &mut values);
+            return Tensor::from_vec(values, shape, &Device::Cpu);
+        }
+    };
+    Tensor::from_raw_buffer(bytes, candle, &[shape.0, shape.1], &Device::Cpu)
+}

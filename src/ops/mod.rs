@@ -1,1 +1,12 @@
-//! Operations on candle tensors.
+//! Operations on candle tensors: a struct that holds the weights and implements `CustomOp1`, whose tensor argument is the
+//! activation, and a documented function that applies it.
+
+mod compressed_linear;
+
+pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear};
+
+impl From<crate::Error> for candle_core::Error {
+    fn from(error: crate::Error) -> Self {
+        candle_core::Error::wrap(error)
+    }
+}

@@ -1,0 +1,95 @@
+//! A linear layer over a compressed weight.
+
+use std::sync::Arc;
+
+use candle_core::{Module, Result, Tensor};
+use candle_nn::Linear;
+
+use super::{bytes_to_tensor, compress_tensor};
+use crate::checkpoint::Checkpoint;
+use crate::matrix::{Options, Weight};
+use crate::ops::{CompressedMatmul, compressed_linear};
+
+/// Replaces [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` kept compressed.
+#[derive(Clone, Debug)]
+pub struct CompressedLinear {
+    op: CompressedMatmul,
+    bias: Option<Tensor>,
+    span: tracing::Span,
+}
+
+impl CompressedLinear {
+    /// Takes a compressed weight and perhaps a bias of shape `[out]`.
+    pub fn new(weight: Weight, bias: Option<Tensor>) -> CompressedLinear {
+        let span = tracing::span!(tracing::Level::TRACE, "compressed-linear");
+        CompressedLinear { op: CompressedMatmul::new(weight), bias, span }
+    }
+
+    /// Compresses a weight of shape `[out, in]` (bf16, f16 or f32).
+    ///
+    /// # Errors
+    /// If the tensor has one dimension or another dtype, or the options contradict each other.
+    pub fn from_tensor(weight: &Tensor, bias: Option<Tensor>, options: &Options) -> Result<CompressedLinear> {
+        Ok(CompressedLinear::new(compress_tensor(weight, options)?, bias))
+    }
+
+    /// Compresses a layer.
+    pub fn from_linear(linear: &Linear, options: &Options) -> Result<CompressedLinear> {
+        CompressedLinear::from_tensor(linear.weight(), linear.bias().cloned(), options)
+    }
+
+    /// The tensor `name` of a checkpoint, mapped where it is compressed, else compressed now as `options` say. `bias` is
+    /// the name of another tensor.
+    ///
+    /// # Errors
+    /// If a tensor is missing, damaged or of a dtype that cannot be multiplied.
+    pub fn load(
+        checkpoint: &Arc<Checkpoint>,
+        name: &str,
+        bias: Option<&str>,
+        options: &Options,
+    ) -> Result<CompressedLinear> {
+        let weight = checkpoint.weight(name, options)?;
+        let bias = bias.map(|bias| {
+            let info = checkpoint.info(bias)?;
+            let dtype = crate::codec::Dtype::from_name(&info.dtype).unwrap_or(crate::codec::Dtype::F32);
+            let bytes = checkpoint.read(bias)?;
+            bytes_to_tensor(&bytes, dtype, (1, bytes.len() / dtype.size()))?.flatten_all()
+        });
+        Ok(CompressedLinear::new(weight, bias.transpose()?))
+    }
+
+    /// The compressed weight.
+    pub fn weight(&self) -> &Weight {
+        self.op.weight()
+    }
+
+    /// The bias.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The uncompressed layer, in the weight's own dtype.
+    pub fn to_dense(&self) -> Result<Linear> {
+        let matrix = self.weight().matrix()?;
+        let (rows, cols) = (matrix.geometry().rows, matrix.geometry().cols);
+        Ok(Linear::new(bytes_to_tensor(&matrix.decode()?, matrix.dtype(), (rows, cols))?, self.bias.clone()))
+    }
+
+    /// Bytes that the weight takes, and took before.
+    pub fn size(&self) -> (usize, usize) {
+        let g = self.weight().geometry();
+        (self.weight().stored_bytes(), g.rows * g.cols * self.weight().dtype().size())
+    }
+}
+
+impl Module for CompressedLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let _enter = self.span.enter();
+        let y = compressed_linear(x, &self.op)?;
+        match &self.bias {
+            None => Ok(y),
+            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
+        }
+    }
+}
