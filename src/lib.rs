@@ -44,6 +44,7 @@
 //! | [`checkpoint`] | a checkpoint on disk, read by tensor, tile or row |
 //! | [`convert`] | whole checkpoints: compress, decompress, verify |
 //! | [`inspect`] | where the bits went |
+//! | [`models`] | a Llama for candle, generic over where its layers come from (feature `candle`) |
 //!
 //! Every error is an [`Error`]; no input, however damaged, makes this crate panic or read out of bounds.
 #![deny(missing_docs)]
