@@ -148,7 +148,7 @@ fn errors_say_what_to_do() {
 #[test]
 fn tracing_writes_spans() {
     let tiny = model();
-    text(&generate(&tiny, &["--tracing", "-n", "3", "--prompt", "w5"], ""));
+    text(&generate(&tiny, &["--tracing", "-n", "3", "--temperature", "0", "--prompt", "w7"], ""));
     let mut files = fs::read_dir(tiny.path()).unwrap().map(|entry| entry.unwrap().path());
     let path = files.find(|path| path.file_name().unwrap().to_string_lossy().starts_with("trace-")).unwrap();
     let events: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
