@@ -43,6 +43,10 @@ fn wrong_checkpoints_are_refused_with_names_and_shapes() {
     let bias = "model.layers.0.self_attn.q_proj.bias";
     with(&|tiny| drop(tiny.tensors.insert(bias.into(), vec![64])), &[bias, "[64]", "config.json"]);
     with(&|tiny| tiny.config["num_hidden_layers"] = 1.into(), &["model.layers.1.", "1 layers"]);
+    with(&|tiny| tiny.config["num_hidden_layers"] = u64::MAX.into(), &["model.layers.2.", "[64]"]);
+    with(&|tiny| tiny.config["vocab_size"] = u64::MAX.into(), &["model.embed_tokens.weight", "[97, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert("score.weight".into(), vec![2, 64])), &["score.weight", "[2, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert("model.layers.x.weight".into(), vec![2])), &["model.layers.x.weight"]);
     with(&|tiny| tiny.integers = Some(name.into()), &[name, "I64"]);
     with(&|tiny| tiny.config["num_attention_heads"] = 0.into(), &["num_attention_heads"]);
     with(&|tiny| tiny.config["num_key_value_heads"] = 3.into(), &["3 key and value heads"]);

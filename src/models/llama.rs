@@ -11,7 +11,6 @@
 //! # Ok::<(), candle_taper::Error>(())
 //! ```
 
-use std::collections::HashSet;
 use std::path::Path;
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
@@ -26,6 +25,19 @@ pub type DenseLlama = Llama<candle_nn::Linear, candle_nn::Embedding>;
 
 /// The name of the output layer's weight.
 const LM_HEAD: &str = "lm_head.weight";
+
+/// The parameters of a layer; each has a weight and nothing else.
+const LAYER_PARTS: [&str; 9] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+];
 
 /// A Llama whose linear layers are `L` and whose embedding is `E`.
 #[derive(Debug)]
@@ -235,15 +247,19 @@ fn check(config: &Config) -> crate::Result<()> {
 
 /// Refuses tensors that no layer would use: the model would not be the one that was trained.
 fn refuse_foreign<W: Weights>(weights: &W, config: &Config) -> crate::Result<()> {
-    let mut known: HashSet<String> =
-        ["model.embed_tokens.weight", "model.norm.weight", LM_HEAD].map(str::to_string).into();
-    let parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"];
-    let parts = parts.iter().chain(&["mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]);
-    for part in parts {
-        known.extend((0..config.num_hidden_layers).map(|i| format!("model.layers.{i}.{part}.weight")));
-    }
-    // Frequencies that early checkpoints hold and every loader computes.
-    let foreign = |name: &str| !known.contains(name) && !name.ends_with("rotary_emb.inv_freq");
+    let foreign = |name: &str| {
+        // Frequencies that early checkpoints hold and every loader computes.
+        if name.ends_with("rotary_emb.inv_freq") {
+            return false;
+        }
+        match name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, part)) => {
+                let known = layer.parse().is_ok_and(|i: usize| i < config.num_hidden_layers && i.to_string() == layer);
+                !known || !LAYER_PARTS.iter().any(|known| part.strip_suffix(".weight") == Some(known))
+            }
+            None => !["model.embed_tokens.weight", "model.norm.weight", LM_HEAD].contains(&name),
+        }
+    };
     match weights.tensors().into_iter().find(|(name, _)| foreign(name)) {
         Some((name, shape)) => Err(Error::Unsupported(format!(
             "tensor {name} of shape {shape:?} has no place in a Llama of {} layers without biases; is config.json the \
