@@ -87,6 +87,10 @@ pub enum Error {
     /// The caller's arguments do not fit together.
     #[error("{0}")]
     Invalid(String),
+    /// An error of candle's.
+    #[cfg(feature = "candle")]
+    #[error("{0}")]
+    Candle(Box<candle_core::Error>),
     /// A re-decoded tile differs from its source: never expected, nothing was published.
     #[error("verification failed: the re-decoded weights differ from the source (this is a bug, please report it)")]
     Verify,
@@ -122,5 +126,12 @@ impl Error {
             Error::Io { .. } | Error::Cancelled => self,
             other => Error::Tensor { name: name.to_string(), source: Box::new(other) },
         }
+    }
+}
+
+#[cfg(feature = "candle")]
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Error {
+        Error::Candle(Box::new(error))
     }
 }

@@ -45,6 +45,7 @@
 //! | `ops`, `nn` | with feature `candle`: products with compressed weights as candle operations, and layers of them |
 //! | [`convert`] | whole checkpoints: compress, decompress, verify |
 //! | [`inspect`] | where the bits went |
+//! | [`models`] | a Llama for candle, generic over where its layers come from (feature `candle`) |
 //!
 //! Every error is an [`Error`]; no input, however damaged, makes this crate panic or read out of bounds.
 #![deny(missing_docs)]

@@ -3,6 +3,7 @@
 
 pub mod bands;
 pub mod golden;
+pub mod llama;
 pub mod model;
 pub mod patch;
 

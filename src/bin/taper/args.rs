@@ -37,6 +37,9 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Check every checksum, structure and stream of a compressed checkpoint
     Verify(VerifyArgs),
+    /// Write text with a Llama, compressed or not
+    #[cfg(feature = "candle")]
+    Generate(GenerateArgs),
 }
 
 /// What becomes of the weights.
@@ -144,6 +147,78 @@ pub struct VerifyArgs {
     /// A compressed .safetensors file or directory
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
+}
+
+/// The dtype of activations and decoded weights.
+#[cfg(feature = "candle")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeName {
+    /// 16-bit floats
+    F16,
+    /// 16-bit floats with the range of F32
+    Bf16,
+    /// 32-bit floats: the fastest on a CPU
+    F32,
+}
+
+/// `taper generate`. Flags that candle's llama example has too mean the same.
+#[cfg(feature = "candle")]
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// The model's directory, compressed or not [default: the example model, where it is installed]
+    #[arg(long, visible_alias = "model", value_name = "DIR")]
+    pub compressed: Option<PathBuf>,
+    /// What the text begins with [default: standard input if it is piped]
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// How many tokens to generate at most
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 10000)]
+    pub sample_len: usize,
+    /// How freely to choose; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the most likely tokens that have this probability together
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Choose among this many of the most likely tokens
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Seed of the choices
+    #[arg(long, value_name = "N", default_value_t = 299792458)]
+    pub seed: u64,
+    /// Divide the logits of recent tokens by this; 1 for no penalty
+    #[arg(long, value_name = "X", default_value_t = 1.1)]
+    pub repeat_penalty: f32,
+    /// How many tokens count as recent
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub repeat_last_n: usize,
+    /// The dtype of the activations [default: f32]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Compute all positions again for each token
+    #[arg(long)]
+    pub no_kv_cache: bool,
+    /// Run on the CPU, as this build always does
+    #[arg(long)]
+    pub cpu: bool,
+    /// Write trace-TIME.json for chrome://tracing
+    #[arg(long)]
+    pub tracing: bool,
+    /// Not built in: a repository to download
+    #[arg(long, value_name = "ID", hide = true)]
+    pub model_id: Option<String>,
+    /// Not built in: a revision to download
+    #[arg(long, value_name = "REV", hide = true)]
+    pub revision: Option<String>,
+    /// Not built in: a known model to download
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub which: Option<String>,
+    /// Not built in: needs a GPU
+    #[arg(long, hide = true)]
+    pub use_flash_attn: bool,
 }
 
 impl CompressArgs {

@@ -1,8 +1,14 @@
 //! The `taper` command.
 
 mod args;
+#[cfg(feature = "candle")]
+mod generate;
 mod progress;
 mod render;
+#[cfg(feature = "candle")]
+mod text_stream;
+#[cfg(feature = "candle")]
+mod trace;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -88,6 +94,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
                 );
             }
         }
+        #[cfg(feature = "candle")]
+        Command::Generate(args) => generate::run(args, cli.quiet)?,
         Command::Inspect(args) => {
             let progress = Reporter::new(cli.quiet || !args.exact, total_bytes(&args.path));
             let inspection = inspect::inspect(&args.path, args.exact, &progress)?;

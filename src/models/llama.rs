@@ -1,0 +1,271 @@
+//! Llama, generic over its linear layers and its embedding.
+//!
+//! ```no_run
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_taper::models::DenseLlama;
+//!
+//! let llama = DenseLlama::from_pretrained("Llama-3.2-1B-taper", DType::F32, &Device::Cpu)?;
+//! let mut cache = llama.new_cache(true)?;
+//! let prompt = Tensor::new(&[[128000u32, 791, 6864]], &Device::Cpu)?;
+//! let logits = llama.forward(&prompt, 0, &mut cache)?; // [1, vocab]: what follows the prompt
+//! # Ok::<(), candle_taper::Error>(())
+//! ```
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Module, Result, Tensor, bail};
+use candle_nn::RmsNorm;
+
+use super::attention::Attention;
+use super::{Cache, Config, DenseWeights, Weights};
+use crate::{Checkpoint, Error};
+
+/// A Llama of plain candle layers.
+pub type DenseLlama = Llama<candle_nn::Linear, candle_nn::Embedding>;
+
+/// The name of the output layer's weight.
+const LM_HEAD: &str = "lm_head.weight";
+
+/// The parameters of a layer; each has a weight and nothing else.
+const LAYER_PARTS: [&str; 9] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+];
+
+/// A Llama whose linear layers are `L` and whose embedding is `E`.
+#[derive(Debug)]
+pub struct Llama<L, E> {
+    embedding: E,
+    blocks: Vec<Block<L>>,
+    norm: RmsNorm,
+    lm_head: L,
+    config: Config,
+    dtype: DType,
+    device: Device,
+    notes: Vec<String>,
+}
+
+/// One layer.
+#[derive(Debug)]
+struct Block<L> {
+    norm_1: RmsNorm,
+    attention: Attention<L>,
+    norm_2: RmsNorm,
+    gate: L,
+    up: L,
+    down: L,
+}
+
+impl<L: Module> Block<L> {
+    fn load<W: Weights<Linear = L>>(weights: &W, prefix: &str, config: &Config) -> crate::Result<Self> {
+        let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+        let linear = |name: &str, out, input| weights.linear(&format!("{prefix}.mlp.{name}_proj.weight"), out, input);
+        Ok(Block {
+            norm_1: norm(weights, &format!("{prefix}.input_layernorm.weight"), config)?,
+            attention: Attention::load(weights, &format!("{prefix}.self_attn"), config)?,
+            norm_2: norm(weights, &format!("{prefix}.post_attention_layernorm.weight"), config)?,
+            gate: linear("gate", wide, hidden)?,
+            up: linear("up", wide, hidden)?,
+            down: linear("down", hidden, wide)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, layer: usize, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        let x = {
+            let _span = tracing::trace_span!("attn").entered();
+            (self.attention.forward(&self.norm_1.forward(x)?, layer, position, cache)? + x)?
+        };
+        let _span = tracing::trace_span!("mlp").entered();
+        let y = self.norm_2.forward(&x)?;
+        let wide = (self.gate.forward(&y)?.silu()? * self.up.forward(&y)?)?;
+        self.down.forward(&wide)? + x
+    }
+}
+
+fn norm<W: Weights>(weights: &W, name: &str, config: &Config) -> crate::Result<RmsNorm> {
+    Ok(RmsNorm::new(weights.tensor(name, &[config.hidden_size])?, config.rms_norm_eps))
+}
+
+impl<L: Module, E: Module> Llama<L, E> {
+    /// Loads the model that `config` describes.
+    ///
+    /// If `config` has an output layer of its own but there is no `lm_head.weight`, the embedding's table is used, and
+    /// [`Llama::notes`] says so.
+    ///
+    /// # Errors
+    /// If the sizes in `config` do not fit together; if a tensor is missing, has another shape (the error names the
+    /// tensor and both shapes) or is not made of floats; or if there is one that this model would ignore, such as a
+    /// bias or a layer beyond `num_hidden_layers`.
+    pub fn load<W: Weights<Linear = L, Embedding = E>>(weights: &W, config: &Config) -> crate::Result<Self> {
+        check(config)?;
+        let mut notes = Vec::new();
+        let own_head = weights.contains(LM_HEAD);
+        if !own_head && !config.tie_word_embeddings {
+            notes.push(format!(
+                "there is no {LM_HEAD}, although config.json does not say tie_word_embeddings: true; the embedding's table is used"
+            ));
+        }
+        if own_head && config.tie_word_embeddings {
+            notes.push(format!("config.json says tie_word_embeddings: true; {LM_HEAD} is ignored"));
+        }
+        refuse_foreign(weights, config)?;
+        for note in &notes {
+            tracing::warn!("{note}");
+        }
+        let embedding = weights.embedding("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+        let lm_head = if own_head && !config.tie_word_embeddings {
+            weights.linear(LM_HEAD, config.vocab_size, config.hidden_size)?
+        } else {
+            weights.tied_lm_head(&embedding)?
+        };
+        let blocks = (0..config.num_hidden_layers).map(|i| Block::load(weights, &format!("model.layers.{i}"), config));
+        Ok(Llama {
+            blocks: blocks.collect::<crate::Result<_>>()?,
+            norm: norm(weights, "model.norm.weight", config)?,
+            embedding,
+            lm_head,
+            config: config.clone(),
+            dtype: weights.dtype(),
+            device: weights.device().clone(),
+            notes,
+        })
+    }
+
+    /// An empty cache for this model, see [`Cache::new`].
+    ///
+    /// # Errors
+    /// None for a model that could be loaded.
+    pub fn new_cache(&self, use_kv_cache: bool) -> Result<Cache> {
+        Cache::new(use_kv_cache, self.dtype, &self.config, &self.device)
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the model runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What was odd about the checkpoint and how it was dealt with.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The logits `[batch, vocab]` (F32) that follow `tokens`: ids `[batch, tokens]` whose first stands at `position`.
+    ///
+    /// # Errors
+    /// If the ids are not a matrix, or one is outside the vocabulary (noticed before anything runs if the ids lie in
+    /// memory of the CPU); if `position` is beyond what the cache holds, the context is full, or the batch is another
+    /// one than in the cache.
+    pub fn forward(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        let x = self.hidden(tokens, position, cache)?;
+        let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?;
+        self.logits(&last)
+    }
+
+    /// The logits `[batch, tokens, vocab]` (F32) that follow each of `tokens`.
+    ///
+    /// # Errors
+    /// As [`Llama::forward`].
+    pub fn forward_all(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        self.logits(&self.hidden(tokens, position, cache)?)
+    }
+
+    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        let _span = tracing::trace_span!("lm_head").entered();
+        self.lm_head.forward(x)?.to_dtype(DType::F32)
+    }
+
+    /// Normed activations `[batch, tokens, hidden]` of the last layer.
+    fn hidden(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        let (_, count) = tokens.dims2()?;
+        if tokens.device().is_cpu() {
+            let ids = tokens.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
+            if let Some(id) = ids.into_iter().find(|&id| id as usize >= self.config.vocab_size) {
+                bail!("token id {id} is outside the model's vocabulary of {}", self.config.vocab_size);
+            }
+        }
+        cache.begin(position, count)?;
+        let mut x = self.embedding.forward(&tokens.to_device(&self.device)?)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let _span = tracing::trace_span!("block").entered();
+            x = block.forward(&x, layer, position, cache)?;
+        }
+        cache.commit(position + count);
+        self.norm.forward(&x)
+    }
+}
+
+impl DenseLlama {
+    /// Loads a directory in the Hugging Face layout, compressed or not, into plain candle layers: every weight is
+    /// decoded to `dtype` (F32 is the fastest on a CPU).
+    ///
+    /// # Errors
+    /// If `config.json` is missing, does not describe a Llama or asks for something that this model lacks; and as
+    /// [`Checkpoint::open`] and [`Llama::load`].
+    pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> crate::Result<Self> {
+        let config = super::config::read(&dir)?;
+        let checkpoint = Checkpoint::open(&dir)?;
+        Self::load(&DenseWeights::new(&checkpoint, dtype, device), &config)
+    }
+}
+
+/// Refuses sizes that would divide by zero or split unevenly later.
+fn check(config: &Config) -> crate::Result<()> {
+    let Config { hidden_size, num_attention_heads: heads, num_key_value_heads: kv_heads, .. } = *config;
+    let sizes = [
+        ("hidden_size", hidden_size),
+        ("intermediate_size", config.intermediate_size),
+        ("vocab_size", config.vocab_size),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("max_position_embeddings", config.max_position_embeddings),
+    ];
+    if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+        return Err(Error::Invalid(format!("the model's config says {name}: 0")));
+    }
+    if !hidden_size.is_multiple_of(heads) || !(hidden_size / heads).is_multiple_of(2) {
+        return Err(Error::Invalid(format!(
+            "hidden_size {hidden_size} does not divide into {heads} attention heads of even size"
+        )));
+    }
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(Error::Invalid(format!("{kv_heads} key and value heads cannot be shared by {heads} heads")));
+    }
+    Ok(())
+}
+
+/// Refuses tensors that no layer would use: the model would not be the one that was trained.
+fn refuse_foreign<W: Weights>(weights: &W, config: &Config) -> crate::Result<()> {
+    let foreign = |name: &str| {
+        // Frequencies that early checkpoints hold and every loader computes.
+        if name.ends_with("rotary_emb.inv_freq") {
+            return false;
+        }
+        match name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, part)) => {
+                let known = layer.parse().is_ok_and(|i: usize| i < config.num_hidden_layers && i.to_string() == layer);
+                !known || !LAYER_PARTS.iter().any(|known| part.strip_suffix(".weight") == Some(known))
+            }
+            None => !["model.embed_tokens.weight", "model.norm.weight", LM_HEAD].contains(&name),
+        }
+    };
+    match weights.tensors().into_iter().find(|(name, _)| foreign(name)) {
+        Some((name, shape)) => Err(Error::Unsupported(format!(
+            "tensor {name} of shape {shape:?} has no place in a Llama of {} layers without biases; is config.json the \
+             right one?",
+            config.num_hidden_layers
+        ))),
+        None => Ok(()),
+    }
+}

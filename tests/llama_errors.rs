@@ -1,0 +1,94 @@
+//! What a Llama refuses, and how it says so.
+#![cfg(feature = "candle")]
+
+mod common;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use candle_taper::models::DenseLlama;
+use common::llama::{Tiny, VOCAB};
+
+const CPU: Device = Device::Cpu;
+
+fn load(dir: &Path) -> DenseLlama {
+    DenseLlama::from_pretrained(dir, DType::F32, &CPU).unwrap()
+}
+
+fn load_error(dir: &Path) -> String {
+    DenseLlama::from_pretrained(dir, DType::F32, &CPU).unwrap_err().to_string()
+}
+
+fn ids(n: u32) -> Vec<u32> {
+    (0..n).map(|i| i * i * 7 % VOCAB as u32).collect()
+}
+
+fn row(ids: &[u32]) -> Tensor {
+    Tensor::new(ids, &CPU).unwrap().unsqueeze(0).unwrap()
+}
+
+#[test]
+fn wrong_checkpoints_are_refused_with_names_and_shapes() {
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let with = |change: &dyn Fn(&mut Tiny), parts: &[&str]| {
+        let mut tiny = Tiny::new();
+        change(&mut tiny);
+        tiny.write();
+        let error = load_error(tiny.path());
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    };
+    with(&|tiny| drop(tiny.tensors.remove(name)), &[name, "[96, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert(name.into(), vec![95, 64])), &[name, "[96, 64]", "[95, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert("model.norm.weight".into(), vec![1, 64])), &["[1, 64]", "[64]"]);
+    let bias = "model.layers.0.self_attn.q_proj.bias";
+    with(&|tiny| drop(tiny.tensors.insert(bias.into(), vec![64])), &[bias, "[64]", "config.json"]);
+    with(&|tiny| tiny.config["num_hidden_layers"] = 1.into(), &["model.layers.1.", "1 layers"]);
+    with(&|tiny| tiny.config["num_hidden_layers"] = u64::MAX.into(), &["model.layers.2.", "[64]"]);
+    with(&|tiny| tiny.config["vocab_size"] = u64::MAX.into(), &["model.embed_tokens.weight", "[97, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert("score.weight".into(), vec![2, 64])), &["score.weight", "[2, 64]"]);
+    with(&|tiny| drop(tiny.tensors.insert("model.layers.x.weight".into(), vec![2])), &["model.layers.x.weight"]);
+    with(&|tiny| tiny.integers = Some(name.into()), &[name, "I64"]);
+    with(&|tiny| tiny.config["num_attention_heads"] = 0.into(), &["num_attention_heads"]);
+    with(&|tiny| tiny.config["num_key_value_heads"] = 3.into(), &["3 key and value heads"]);
+    with(&|tiny| tiny.config["model_type"] = "gemma".into(), &["config.json", "gemma", "llama"]);
+    with(&|tiny| tiny.config["head_dim"] = 32.into(), &["head_dim is 32"]);
+    with(&|tiny| tiny.config["mlp_bias"] = true.into(), &["mlp_bias"]);
+    with(&|tiny| tiny.config["rope_scaling"] = serde_json::json!({"type": "yarn", "factor": 2.0}), &["yarn"]);
+    let tiny = Tiny::new();
+    std::fs::remove_file(tiny.path().join("config.json")).unwrap();
+    assert!(load_error(tiny.path()).contains("has no config.json"));
+    assert!(load_error(&tiny.path().join("model.safetensors")).contains("is not a directory"));
+    assert!(load_error(&tiny.path().join("nowhere")).contains("nowhere"));
+}
+
+#[test]
+fn wrong_inputs_are_refused_and_harm_nothing() {
+    let mut tiny = Tiny::new();
+    tiny.config["max_position_embeddings"] = 32.into();
+    tiny.write();
+    let llama = load(tiny.path());
+    let mut cache = llama.new_cache(true).unwrap();
+    let tokens = ids(32);
+    let expected = llama.forward(&row(&tokens), 0, &mut llama.new_cache(true).unwrap()).unwrap();
+    llama.forward(&row(&tokens[..30]), 0, &mut cache).unwrap();
+    let mut refused = |ids: &[u32], position: usize, part: &str| {
+        let error = llama.forward(&row(ids), position, &mut cache).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    refused(&ids(33), 0, "33 tokens at position 0 do not fit into the model's context of 32");
+    refused(&[1, 2, 3], 30, "context of 32");
+    refused(&[1], usize::MAX, "context of 32");
+    refused(&[1], 31, "gap");
+    refused(&[1, VOCAB as u32], 30, "token id 97 is outside");
+    refused(&[], 30, "no token");
+    let difference = (llama.forward(&row(&tokens[30..]), 30, &mut cache).unwrap() - expected).unwrap();
+    assert!(difference.to_vec2::<f32>().unwrap()[0].iter().all(|d| d.abs() < 1e-4), "{difference}");
+    assert!(llama.forward(&Tensor::new(&[1u32], &CPU).unwrap(), 0, &mut cache).is_err(), "ids of one dimension");
+
+    let mut other = Tiny::new();
+    other.config["num_hidden_layers"] = 1.into();
+    other.tensors.retain(|name, _| !name.contains("layers.1"));
+    other.write();
+    let mut small = load(other.path()).new_cache(true).unwrap();
+    assert!(llama.forward(&row(&[1]), 0, &mut small).unwrap_err().to_string().contains("made for a model of 1 layers"));
+}
