@@ -28,19 +28,19 @@ pub fn reduce(lanes: &[f32; LANES]) -> f32 {
     (quarter(0) + quarter(2)) + (quarter(1) + quarter(3))
 }
 
-/// The product of a row of `f32` weights with an activation of the same length.
+/// The product of a row of weights, `WIDTH` bytes each, with an activation of the same length.
 #[inline(always)]
-fn dot(weights: impl ExactSizeIterator<Item = f32>, x: &[f32]) -> f32 {
+fn dot<const WIDTH: usize>(weights: &[[u8; WIDTH]], x: &[f32], value: impl Fn([u8; WIDTH]) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    let mut weights = weights;
-    let mut chunks = x.chunks_exact(LANES);
-    for x in &mut chunks {
-        for (lane, (w, &x)) in lanes.iter_mut().zip(weights.by_ref().take(LANES).zip(x)) {
-            *lane = w.mul_add(x, *lane);
+    let ((blocks, weights), (x_blocks, x)) = (weights.as_chunks::<LANES>(), x.as_chunks::<LANES>());
+    for (block, x) in blocks.iter().zip(x_blocks) {
+        // Of fixed length, so that the lanes stay in registers.
+        for lane in 0..LANES {
+            lanes[lane] = value(block[lane]).mul_add(x[lane], lanes[lane]);
         }
     }
-    for (lane, (w, &x)) in lanes.iter_mut().zip(weights.zip(chunks.remainder())) {
-        *lane = w.mul_add(x, *lane);
+    for (lane, (&w, &x)) in lanes.iter_mut().zip(weights.iter().zip(x)) {
+        *lane = value(w).mul_add(x, *lane);
     }
     reduce(&lanes)
 }
@@ -168,8 +168,7 @@ fn rows<const WIDTH: usize>(
     debug_assert!(x.len() <= TILE);
     vectorize(backend, || {
         for (y, row) in y.iter_mut().zip(values.chunks_exact(x.len() * WIDTH)) {
-            let (row, _) = row.as_chunks::<WIDTH>();
-            *y += dot(row.iter().map(|&b| value(b)), x);
+            *y += dot(row.as_chunks::<WIDTH>().0, x, value);
         }
     });
 }
