@@ -69,6 +69,8 @@ fn exit_codes_tell_usage_failure_and_damage_apart() {
     assert_eq!(code(&["compress", &model, &out, "--codec", "int8", "--bits", "4"]), 1);
     assert_eq!(code(&["compress", &model, &out, "--bits", "99"]), 1);
     assert_eq!(code(&["compress", "no such file", &out]), 1);
+    let missing = String::from_utf8(taper(["verify", "no such file"]).stderr).unwrap();
+    assert_eq!(missing.matches("No such file").count(), 1, "{missing}");
     assert!(!Path::new(&out).exists());
     assert_eq!(code(&["compress", &model, &out, "--bits", "4.5", "--threads", "1"]), 0);
     assert_eq!(code(&["compress", &model, &out]), 1);

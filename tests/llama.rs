@@ -5,10 +5,11 @@ mod common;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use candle_taper::convert;
-use candle_taper::models::{Cache, Config, DenseLlama, config};
+use candle_taper::models::{Cache, CompressedLlama, Config, DenseLlama, Llama, config};
+use candle_taper::{Options, Stage};
 use candle_transformers::models::llama as stock;
 use common::llama::{Tiny, VOCAB};
 
@@ -234,7 +235,7 @@ fn greedy(count: usize, prompt: &[u32], mut forward: impl FnMut(&Tensor, usize) 
 }
 
 /// Perplexity over windows of 256 tokens, each after BOS.
-fn perplexity(llama: &DenseLlama, tokens: &[u32], cache: &mut Cache) -> (f64, usize) {
+fn perplexity<L: Module, E: Module>(llama: &Llama<L, E>, tokens: &[u32], cache: &mut Cache) -> (f64, usize) {
     let (mut sum, mut count) = (0.0, 0);
     for window in tokens.chunks_exact(256) {
         let input: Vec<u32> = std::iter::once(1).chain(window[..255].iter().copied()).collect();
@@ -267,12 +268,50 @@ fn a_trained_model_is_as_good_as_it_should_be() {
     let (theirs, mut their_cache) = load_stock(&dir, &config::read(&dir).unwrap());
     let expected = greedy(200, &prompt, |ids, position| theirs.forward(ids, position, &mut their_cache).unwrap());
     for dir in [&dir, &compressed] {
-        let llama = load(dir);
-        let mut cache = llama.new_cache(true).unwrap();
-        let text = greedy(200, &prompt, |ids, position| llama.forward(ids, position, &mut cache).unwrap());
-        assert_eq!(text, expected);
-        let (perplexity, count) = perplexity(&llama, &tokens, &mut cache);
-        println!("{}: perplexity {perplexity:.4} over {count} tokens", dir.display());
-        assert_eq!((format!("{perplexity:.2}").as_str(), count), ("32.39", 4352));
+        is_as_good(&load(dir), &prompt, &expected, &tokens);
+        let llama = CompressedLlama::from_pretrained(dir, DType::F32, &Options::default()).unwrap();
+        is_as_good(&llama, &prompt, &expected, &tokens);
     }
+}
+
+fn is_as_good<L: Module, E: Module>(llama: &Llama<L, E>, prompt: &[u32], expected: &[u32], tokens: &[u32]) {
+    let mut cache = llama.new_cache(true).unwrap();
+    let text = greedy(200, prompt, |ids, position| llama.forward(ids, position, &mut cache).unwrap());
+    assert_eq!(text, expected);
+    let (perplexity, count) = perplexity(llama, tokens, &mut cache);
+    println!("perplexity {perplexity:.4} over {count} tokens");
+    assert_eq!((format!("{perplexity:.2}").as_str(), count), ("32.39", 4352));
+}
+
+/// The same bits whatever the stage, and whether the matrices were compressed before or are only now.
+#[test]
+fn compressed_layers_give_the_same_logits_in_every_stage() {
+    let mut tiny = Tiny::new();
+    tiny.bf16 = true;
+    tiny.write();
+    let out = tempfile::tempdir().unwrap();
+    let ids = row(&[1, 5, 80, 33, 7]);
+    let mut all = Vec::new();
+    for stage in [Stage::Rans, Stage::Fixed12, Stage::Fixed11] {
+        let matrix = Options { stage, ..Options::default() };
+        let packed = out.path().join(stage.name());
+        let options = convert::ConvertOptions { matrix: matrix.clone(), ..Default::default() };
+        convert::compress(tiny.path(), &packed, &options, &()).unwrap();
+        for dir in [tiny.path(), &packed] {
+            let llama = CompressedLlama::from_pretrained(dir, DType::F32, &matrix).unwrap();
+            let mut cache = llama.new_cache(true).unwrap();
+            let mut logits = llama.forward_all(&ids, 0, &mut cache).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let next: Vec<f32> =
+                llama.forward(&row(&[9]), 5, &mut cache).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            logits.extend(next);
+            all.push(logits.iter().map(|v: &f32| v.to_bits()).collect::<Vec<u32>>());
+        }
+    }
+    assert!(all.iter().all(|logits| *logits == all[0]));
+    // And what plain layers compute, but for the order of additions.
+    let dense = load(tiny.path());
+    let mut cache = dense.new_cache(true).unwrap();
+    let logits: Vec<f32> = dense.forward_all(&ids, 0, &mut cache).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let largest = logits.iter().fold(0f32, |m, v| m.max(v.abs()));
+    assert!(logits.iter().zip(&all[0]).all(|(a, &b)| (a - f32::from_bits(b)).abs() <= 1e-4 * largest));
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_taper::models::{DenseLlama, Llama, config};
+use candle_taper::Options;
+use candle_taper::models::{CompressedLlama, Llama, config};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
 use tokenizers::Tokenizer;
@@ -41,7 +42,7 @@ pub fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     };
     note(&format!("loading the model weights from {}", dir.display()));
     let start = Instant::now();
-    let llama = DenseLlama::from_pretrained(&dir, dtype, &Device::Cpu)?;
+    let llama = CompressedLlama::from_pretrained(&dir, dtype, &Options::default())?;
     for text in llama.notes() {
         note(&format!("note: {text}"));
     }

@@ -32,10 +32,17 @@ fn main() -> ExitCode {
             if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
                 return ExitCode::SUCCESS;
             }
-            eprintln!("taper: {error:#}");
+            eprintln!("taper: {}", message(&error));
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// An error with its causes. The library's own errors spell theirs out already.
+fn message(error: &anyhow::Error) -> String {
+    let own = error.chain().position(|cause| cause.is::<Error>()).unwrap_or(usize::MAX);
+    let causes: Vec<String> = error.chain().take(own.saturating_add(1)).map(|cause| cause.to_string()).collect();
+    causes.join(": ")
 }
 
 /// 3 for damaged or malformed data, 1 for everything else; clap exits with 2 on wrong usage.

@@ -1,0 +1,83 @@
+//! A Llama whose weights stay compressed while it runs.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::weights::{dense_tensor, expect_shape};
+use super::{Llama, Weights};
+use crate::nn::{CompressedEmbedding, CompressedLinear};
+use crate::{Checkpoint, Options, Result};
+
+/// A Llama of compressed layers.
+pub type CompressedLlama = Llama<CompressedLinear, CompressedEmbedding>;
+
+/// Layers that keep a checkpoint's compressed matrices in its memory map; what is not compressed there is compressed when
+/// it is asked for. On the CPU.
+#[derive(Clone, Debug)]
+pub struct CompressedWeights {
+    checkpoint: Arc<Checkpoint>,
+    dtype: DType,
+    options: Options,
+}
+
+impl CompressedWeights {
+    /// The tensors of `checkpoint`, for activations of `dtype`; plain matrices are compressed as `options` say.
+    pub fn new(checkpoint: Arc<Checkpoint>, dtype: DType, options: Options) -> CompressedWeights {
+        CompressedWeights { checkpoint, dtype, options }
+    }
+}
+
+impl Weights for CompressedWeights {
+    type Linear = CompressedLinear;
+    type Embedding = CompressedEmbedding;
+
+    fn linear(&self, name: &str, out_dim: usize, in_dim: usize) -> Result<CompressedLinear> {
+        expect_shape(&self.checkpoint, name, &[out_dim, in_dim])?;
+        Ok(CompressedLinear::new(self.checkpoint.weight(name, &self.options)?, None))
+    }
+
+    fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Result<CompressedEmbedding> {
+        expect_shape(&self.checkpoint, name, &[vocab, dim])?;
+        Ok(CompressedEmbedding::new(self.checkpoint.weight(name, &self.options)?, self.dtype))
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        dense_tensor(&self.checkpoint, name, shape, self.dtype, &Device::Cpu)
+    }
+
+    fn tied_lm_head(&self, embedding: &CompressedEmbedding) -> Result<CompressedLinear> {
+        Ok(embedding.as_linear())
+    }
+
+    fn tensors(&self) -> Vec<(&str, &[u64])> {
+        self.checkpoint.tensors().iter().map(|info| (info.name.as_str(), info.shape.as_slice())).collect()
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.checkpoint.info(name).is_ok()
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+}
+
+impl CompressedLlama {
+    /// Loads a directory in the Hugging Face layout, compressed or not, into layers that stay compressed. Compressed
+    /// matrices are mapped; plain ones are compressed now as `options` say, one at a time.
+    ///
+    /// # Errors
+    /// If `config.json` is missing, does not describe a Llama or asks for something that this model lacks; and as
+    /// [`Checkpoint::open`] and [`Llama::load`].
+    pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, options: &Options) -> Result<Self> {
+        let config = super::config::read(&dir)?;
+        let checkpoint = Arc::new(Checkpoint::open(&dir)?);
+        Self::load(&CompressedWeights::new(checkpoint, dtype, options.clone()), &config)
+    }
+}
