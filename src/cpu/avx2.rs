@@ -102,6 +102,29 @@ pub(super) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     unsafe { inner(f) }
 }
 
+/// Adds the products of whole blocks of weights and activations to 64 lanes.
+pub(super) fn add_blocks(lanes: &mut [f32; 64], weights: &[[f32; 64]], x: &[[f32; 64]]) {
+    #[target_feature(enable = "avx2,fma")]
+    fn inner(lanes: &mut [f32; 64], weights: &[[f32; 64]], x: &[[f32; 64]]) {
+        // SAFETY: every array has 64 values, eight vectors.
+        unsafe {
+            let mut sums: [__m256; 8] = std::array::from_fn(|v| _mm256_loadu_ps(lanes.as_ptr().add(8 * v)));
+            for (w, x) in weights.iter().zip(x) {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    let (w, x) = (_mm256_loadu_ps(w.as_ptr().add(8 * v)), _mm256_loadu_ps(x.as_ptr().add(8 * v)));
+                    *sum = _mm256_fmadd_ps(w, x, *sum);
+                }
+            }
+            for (v, sum) in sums.iter().enumerate() {
+                _mm256_storeu_ps(lanes.as_mut_ptr().add(8 * v), *sum);
+            }
+        }
+    }
+    assert!(available());
+    // SAFETY: the assertion above ensures that the CPU has the instructions.
+    unsafe { inner(lanes, weights, x) }
+}
+
 /// Joins the BF16 weights from `first` on, as many as `out` holds.
 pub(super) fn join_bf16(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
     assert!(available());

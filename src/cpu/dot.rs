@@ -8,9 +8,9 @@
 
 use super::{Backend, Bf16Join, join, vectorize};
 use crate::Result;
+use crate::codec::Kind;
 use crate::codec::band::{Band, Scratch, UNFINISHED};
 use crate::codec::quant;
-use crate::codec::{Dtype, Kind, TILE};
 
 /// Lanes of a row's sum.
 pub const LANES: usize = 64;
@@ -28,21 +28,30 @@ pub fn reduce(lanes: &[f32; LANES]) -> f32 {
     (quarter(0) + quarter(2)) + (quarter(1) + quarter(3))
 }
 
-/// The product of a row of weights, `WIDTH` bytes each, with an activation of the same length.
-#[inline(always)]
-fn dot<const WIDTH: usize>(weights: &[[u8; WIDTH]], x: &[f32], value: impl Fn([u8; WIDTH]) -> f32) -> f32 {
+/// The product of a row of weights with an activation of the same length.
+fn dot(backend: Backend, weights: &[f32], x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let ((blocks, weights), (x_blocks, x)) = (weights.as_chunks::<LANES>(), x.as_chunks::<LANES>());
-    for (block, x) in blocks.iter().zip(x_blocks) {
-        // Of fixed length, so that the lanes stay in registers.
-        for lane in 0..LANES {
-            lanes[lane] = value(block[lane]).mul_add(x[lane], lanes[lane]);
-        }
-    }
+    add_blocks(backend, &mut lanes, blocks, x_blocks);
     for (lane, (&w, &x)) in lanes.iter_mut().zip(weights.iter().zip(x)) {
-        *lane = value(w).mul_add(x, *lane);
+        *lane = w.mul_add(x, *lane);
     }
     reduce(&lanes)
+}
+
+/// Adds whole blocks of products to the lanes.
+fn add_blocks(backend: Backend, lanes: &mut [f32; LANES], weights: &[[f32; LANES]], x: &[[f32; LANES]]) {
+    match backend {
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 | Backend::Avx512 => super::avx2::add_blocks(lanes, weights, x),
+        _ => {
+            for (weights, x) in weights.iter().zip(x) {
+                for (lane, (&w, &x)) in lanes.iter_mut().zip(weights.iter().zip(x)) {
+                    *lane = w.mul_add(x, *lane);
+                }
+            }
+        }
+    }
 }
 
 /// An activation, made ready once for all rows.
@@ -85,6 +94,7 @@ pub struct DotScratch {
     /// For [`super::symbols`].
     pub scratch: Scratch,
     values: Vec<u8>,
+    weights: Vec<f32>,
 }
 
 /// Adds to `y`, one value for each row of the band, the products of its rows with columns `col..` of the activation.
@@ -111,12 +121,15 @@ pub fn dot_band(
         return if finished { join.finish() } else { Err(UNFINISHED) };
     }
     let _ = classed;
-    let DotScratch { scratch, values } = scratch;
-    let width = band.plan.value_bytes();
-    values.resize(band.weights() * width, 0);
-    join(backend, band, finished, scratch, values, band.cols * width)?;
-    dot_rows(backend, band.plan.value_dtype(), values, &x.natural[col..col + band.cols], y);
-    Ok(())
+    let mut weights = std::mem::take(&mut scratch.weights);
+    weights.resize(band.weights(), 0.0);
+    let decoded = values(backend, band, finished, scratch, &mut weights, band.cols);
+    let x = &x.natural[col..col + band.cols];
+    for (y, row) in y.iter_mut().zip(weights.chunks_exact(band.cols)) {
+        *y += dot(backend, row, x);
+    }
+    scratch.weights = weights;
+    decoded
 }
 
 /// Decodes a band's weights to `f32`s, in rows of `stride` at `out`; quantised ones are not rounded to their tensor's
@@ -132,7 +145,7 @@ pub fn values(
     out: &mut [f32],
     stride: usize,
 ) -> Result<()> {
-    let DotScratch { scratch, values } = scratch;
+    let DotScratch { scratch, values, .. } = scratch;
     let dtype = band.plan.value_dtype();
     let row = band.cols * dtype.size();
     values.resize(band.rows * row, 0);
@@ -143,34 +156,6 @@ pub fn values(
         }
     });
     Ok(())
-}
-
-/// Adds to each of `y` the product of a row of little-endian values with `x`.
-pub fn dot_rows(backend: Backend, dtype: Dtype, values: &[u8], x: &[f32], y: &mut [f32]) {
-    match dtype {
-        Dtype::Bf16 => rows::<2>(backend, values, x, y, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-        Dtype::F16 => rows::<2>(backend, values, x, y, |b| half::f16::from_le_bytes(b).to_f32()),
-        Dtype::F32 => rows::<4>(backend, values, x, y, f32::from_le_bytes),
-        Dtype::F8E4M3 => rows::<1>(backend, values, x, y, |[b]| quant::e4m3_to_f32(b)),
-        Dtype::F8E5M2 => rows::<1>(backend, values, x, y, |[b]| quant::e5m2_to_f32(b)),
-        Dtype::I8 => rows::<1>(backend, values, x, y, |[b]| f32::from(b as i8)),
-    }
-}
-
-#[inline(always)]
-fn rows<const WIDTH: usize>(
-    backend: Backend,
-    values: &[u8],
-    x: &[f32],
-    y: &mut [f32],
-    value: impl Fn([u8; WIDTH]) -> f32 + Copy,
-) {
-    debug_assert!(x.len() <= TILE);
-    vectorize(backend, || {
-        for (y, row) in y.iter_mut().zip(values.chunks_exact(x.len() * WIDTH)) {
-            *y += dot(row.as_chunks::<WIDTH>().0, x, value);
-        }
-    });
 }
 
 #[cfg(test)]
