@@ -1,14 +1,14 @@
-//! Trains the little Llama in `examples/tales` from nothing: invents the text, trains the tokenizer and the model on the
-//! CPU, compresses the result.
+//! Trains the little Llama in `examples/tales` from nothing: invents the text, trains the tokenizer and the model on
+//! the CPU, compresses the result.
 //!
 //! ```sh
-//! RAYON_NUM_THREADS=1 cargo run --release --example train             # --print 5 for tales alone, --check for the model
+//! RAYON_NUM_THREADS=1 cargo run --release --example train    # -- --print 5: tales alone; -- --check: the saved model
 //! ```
 //!
-//! The shipped one took 24.5 minutes for 4094 steps, 5,700 tokens/s, in 1.2 shared cores of an AMD EPYC of the Zen 5
-//! generation (two threads at `nice -n 5`, `--minutes 24.5`, so that the learning rate followed the clock; without a limit
-//! it follows the steps, and the result is much the same but not bit for bit). glibc gives memory back to the system after
-//! every operation unless it is told not to; these made it 1.4 times faster:
+//! The shipped one took 24.5 minutes for 4094 steps, 5,700 tokens/s, on a busy machine with two cores of an AMD EPYC of
+//! the Zen 5 generation. It ran with `--minutes 24.5`, so that the learning rate followed the clock; without a limit it
+//! follows the steps, and the result is much the same but not bit for bit. glibc gives memory back to the system after
+//! every operation unless it is told not to; these made it about 1.4 times faster:
 //! `MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864`.
 
 mod check;

@@ -1,5 +1,5 @@
-//! The words of the tales, all written for this crate. `{key}` stands for a word that is drawn once per tale, `{Key}` for
-//! the same with a capital, `{a key}` for the same with its article, and `[x|y]` for one of several wordings.
+//! The words of the tales, all written for this crate. `{key}` stands for a word that is drawn once per tale, `{Key}`
+//! for the same with a capital, `{a key}` for the same with its article, and `[x|y]` for one of several wordings.
 
 /// How a tale begins.
 pub const OPENINGS: &[&str] = &[
