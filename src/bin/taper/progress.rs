@@ -65,7 +65,9 @@ impl Progress for Reporter {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let total = self.total.load(Ordering::Relaxed).max(1);
         let tenths = (10 * done / total).min(10);
-        if self.style == Style::Lines && self.tenths.fetch_max(tenths, Ordering::Relaxed) < tenths {
+        // Work that ends in an instant needs no lines on the way.
+        let long = self.style == Style::Lines && total >= 256 << 20;
+        if long && self.tenths.fetch_max(tenths, Ordering::Relaxed) < tenths {
             eprintln!("{}% of {}", 10 * tenths, HumanBytes(total));
         }
     }
