@@ -194,7 +194,8 @@ impl Checkpoint {
                 Weight::new(stream.map_err(|e| e.in_tensor(name))?)
             }
         };
-        weight().map_err(|e| e.in_file(self.file_of(info)))
+        let weight = weight().map_err(|e| e.in_file(self.file_of(info)))?;
+        Ok(weight.with_origin(self.file_of(info), name))
     }
 
     /// One 256×256 tile of a compressed tensor: its place and its weights.

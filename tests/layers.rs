@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
 use candle_nn::{Embedding, Linear};
-use candle_taper::nn::{CompressedEmbedding, CompressedLinear};
+use candle_taper::nn::{CompressedEmbedding, CompressedLinear, LinearLayer};
+use candle_taper::ops::compressed_linears;
 use candle_taper::{Checkpoint, Codec, Options, Stage, convert};
 
 const STAGES: [Stage; 3] = [Stage::Rans, Stage::Fixed12, Stage::Fixed11];
@@ -75,6 +76,59 @@ fn gradients_equal_candles() -> Result<()> {
     Ok(())
 }
 
+/// Q, K and V of different heights, stages and codecs.
+fn three_layers() -> Result<[CompressedLinear; 3]> {
+    let int8 = Options { codec: Codec::Int8, ..Options::default() };
+    let q = CompressedLinear::from_tensor(&random(&[130, 270], DType::BF16)?, None, &lossless(Stage::Rans))?;
+    let k = random(&[33, 270], DType::F32)?;
+    let k = CompressedLinear::from_tensor(&k, Some(random(&[33], DType::F32)?), &lossless(Stage::Fixed12))?;
+    Ok([q, k, CompressedLinear::from_tensor(&random(&[70, 270], DType::F32)?, None, &int8)?])
+}
+
+#[test]
+fn merged_products_equal_separate_ones_to_the_last_bit() -> Result<()> {
+    let [q, k, v] = three_layers()?;
+    let base = random(&[9, 300], DType::F32)?;
+    let strided = base.narrow(1, 7, 270)?;
+    for x in [strided.i(4..5)?, strided.clone(), base.flatten_all()?.narrow(0, 5, 540)?.reshape((1, 2, 270))?] {
+        for x in [x.clone(), x.to_dtype(DType::BF16)?, x.to_dtype(DType::F16)?, x.narrow(0, 0, 0)?] {
+            let merged = CompressedLinear::forward_each([&q, &k, &v], &x)?;
+            for (merged, layer) in merged.iter().zip([&q, &k, &v]) {
+                let alone = layer.forward(&x)?;
+                assert_eq!((merged.dims(), merged.dtype()), (alone.dims(), alone.dtype()));
+                let bits = |t: &Tensor| -> Result<Vec<u32>> {
+                    let values = t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                    Ok(values.into_iter().map(f32::to_bits).collect())
+                };
+                assert_eq!(bits(merged)?, bits(&alone)?, "{x:?}");
+            }
+        }
+    }
+    assert!(compressed_linears(&base, &[])?.is_empty());
+    let other = CompressedLinear::from_tensor(&random(&[64, 300], DType::F32)?, None, &Options::default())?;
+    for layers in [[&other, &q], [&q, &other]] {
+        let error = CompressedLinear::forward_each(layers, &base.narrow(1, 0, 270)?).unwrap_err().to_string();
+        assert!(error.contains("[9, 270]") && error.contains("[64, 300]"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_merged_products_add_up() -> Result<()> {
+    let layers = three_layers()?;
+    let [q, k, v] = &layers;
+    let x = Var::from_tensor(&random(&[2, 3, 270], DType::F32)?)?;
+    let scale = [130, 33, 70].map(|n| random(&[n], DType::F32).unwrap());
+    let loss = |parts: [Tensor; 3]| -> Result<Tensor> {
+        let terms = parts.iter().zip(&scale).map(|(y, scale)| y.broadcast_mul(scale)?.sqr()?.sum_all());
+        Tensor::stack(&terms.collect::<Result<Vec<_>>>()?, 0)?.sum_all()
+    };
+    let merged = loss(CompressedLinear::forward_each([q, k, v], &x)?)?.backward()?;
+    let apart = loss([q.forward(&x)?, k.forward(&x)?, v.forward(&x)?])?.backward()?;
+    assert!(difference(merged.get(&x).unwrap(), apart.get(&x).unwrap())? < 1e-6);
+    Ok(())
+}
+
 #[test]
 fn layers_convert_and_tell_their_size() -> Result<()> {
     let linear = Linear::new(random(&[256, 512], DType::BF16)?, None);
@@ -132,5 +186,41 @@ fn layers_load_from_checkpoints_compressed_or_not() -> Result<()> {
         let error = CompressedLinear::load(&checkpoint, name, None, &int8).unwrap_err().to_string();
         assert!(error.contains(cause), "{error}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_tile_found_damaged_while_running_is_named() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let model = common::model::write_model(&dir.path().join("model"), 1, 300);
+    let packed = dir.path().join("packed");
+    convert::compress(&model, &packed, &Default::default(), &()).unwrap();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let file = packed.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let data = tensors.tensor(name).unwrap().data();
+    let last = data.as_ptr() as usize - bytes.as_ptr() as usize + data.len() - 40;
+    bytes[last] ^= 4;
+    std::fs::write(&file, bytes).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&packed)?);
+    let layer = CompressedLinear::load(&checkpoint, name, None, &Options::default())?;
+    let x = random(&[1, layer.weight().geometry().cols], DType::F32)?;
+    let embedding = CompressedEmbedding::load(&checkpoint, name, DType::F32, &Options::default())?;
+    let last_row = Tensor::new(&[layer.weight().geometry().rows as u32 - 1], &Device::Cpu)?;
+    let start = format!("{}: tensor {name}: tile ", file.display());
+    for result in [
+        layer.forward(&x),
+        layer.forward(&Tensor::cat(&[&x, &x], 0)?),
+        CompressedLinear::forward_each([&layer, &layer], &x).map(|[y, _]| y),
+        embedding.forward(&last_row),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with(&start) && error.contains("checksum"), "{error}");
+    }
+    let error = layer.to_dense().unwrap_err().to_string();
+    assert!(error.starts_with(&start), "{error}");
+    let error = layer.forward(&x.narrow(1, 0, 3)?).unwrap_err().to_string();
+    assert!(error.contains(name), "{error}");
     Ok(())
 }

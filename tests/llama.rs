@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use candle_taper::convert;
 use candle_taper::models::{Cache, CompressedLlama, Config, DenseLlama, Llama, config};
+use candle_taper::nn::LinearLayer;
 use candle_taper::{Options, Stage};
 use candle_transformers::models::llama as stock;
 use common::llama::{Tiny, VOCAB};
@@ -235,7 +236,7 @@ fn greedy(count: usize, prompt: &[u32], mut forward: impl FnMut(&Tensor, usize) 
 }
 
 /// Perplexity over windows of 256 tokens, each after BOS.
-fn perplexity<L: Module, E: Module>(llama: &Llama<L, E>, tokens: &[u32], cache: &mut Cache) -> (f64, usize) {
+fn perplexity<L: LinearLayer, E: Module>(llama: &Llama<L, E>, tokens: &[u32], cache: &mut Cache) -> (f64, usize) {
     let (mut sum, mut count) = (0.0, 0);
     for window in tokens.chunks_exact(256) {
         let input: Vec<u32> = std::iter::once(1).chain(window[..255].iter().copied()).collect();
@@ -274,7 +275,7 @@ fn a_trained_model_is_as_good_as_it_should_be() {
     }
 }
 
-fn is_as_good<L: Module, E: Module>(llama: &Llama<L, E>, prompt: &[u32], expected: &[u32], tokens: &[u32]) {
+fn is_as_good<L: LinearLayer, E: Module>(llama: &Llama<L, E>, prompt: &[u32], expected: &[u32], tokens: &[u32]) {
     let mut cache = llama.new_cache(true).unwrap();
     let text = greedy(200, prompt, |ids, position| llama.forward(ids, position, &mut cache).unwrap());
     assert_eq!(text, expected);

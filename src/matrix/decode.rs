@@ -1,6 +1,7 @@
 //! Reading a compressed matrix.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -20,6 +21,21 @@ pub struct CompressedMatrix<'a> {
     stream: TileStream<'a>,
     shared: Arc<Shared>,
     backend: Backend,
+    origin: Option<Arc<Origin>>,
+}
+
+/// Where a matrix comes from, for errors.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) file: PathBuf,
+    pub(crate) tensor: String,
+}
+
+impl Origin {
+    /// Names tensor and file in an error.
+    pub(crate) fn name(&self, error: Error) -> Error {
+        error.in_tensor(&self.tensor).in_file(&self.file)
+    }
 }
 
 impl<'a> CompressedMatrix<'a> {
@@ -34,12 +50,29 @@ impl<'a> CompressedMatrix<'a> {
     /// Wraps a parsed stream.
     pub fn from_stream(stream: TileStream<'a>) -> Result<CompressedMatrix<'a>> {
         let shared = Arc::new(Shared::new(&stream));
-        Ok(CompressedMatrix { stream, shared, backend: Backend::current()? })
+        Ok(CompressedMatrix { stream, shared, backend: Backend::current()?, origin: None })
     }
 
     /// Opens a matrix that was opened before, with what was made for it then.
-    pub(crate) fn reopened(stream: TileStream<'a>, shared: Arc<Shared>, backend: Backend) -> CompressedMatrix<'a> {
-        CompressedMatrix { stream, shared, backend }
+    pub(crate) fn reopened(
+        stream: TileStream<'a>,
+        shared: Arc<Shared>,
+        backend: Backend,
+        origin: Option<Arc<Origin>>,
+    ) -> CompressedMatrix<'a> {
+        CompressedMatrix { stream, shared, backend, origin }
+    }
+
+    /// Names a tile, and the tensor and file if they are known, in an error.
+    pub(crate) fn in_tile(&self, tile: usize, error: Error) -> Error {
+        self.named(self.stream.in_tile(tile, error))
+    }
+
+    fn named(&self, error: Error) -> Error {
+        match &self.origin {
+            Some(origin) => origin.name(error),
+            None => error,
+        }
     }
 
     /// The backend that it decodes with.
@@ -215,7 +248,7 @@ impl<'a> CompressedMatrix<'a> {
         for band in 0..self.geometry().tile(tile).bands() {
             let opened = self.open_band(tile, band)?;
             let highs = band::high_parts_of(&self.view(&opened), scratch);
-            highs.map_err(|e| self.stream.in_tile(tile, e))?.iter().for_each(|&high| each(high));
+            highs.map_err(|e| self.in_tile(tile, e))?.iter().for_each(|&high| each(high));
         }
         Ok(())
     }
@@ -233,7 +266,8 @@ impl<'a> CompressedMatrix<'a> {
     pub(crate) fn open_band(&self, tile: usize, band: usize) -> Result<OpenBand<'_>> {
         let (byte, bit) = (&self.shared.checked[tile / 8], 1u8 << (tile % 8));
         let fresh = byte.load(Ordering::Relaxed) & bit == 0;
-        let opened = self.stream.tile_with(tile, if fresh { Checks::On } else { Checks::Off })?;
+        let opened = self.stream.tile_with(tile, if fresh { Checks::On } else { Checks::Off });
+        let opened = opened.map_err(|e| self.named(e))?;
         if fresh {
             byte.fetch_or(bit, Ordering::Relaxed);
         }
@@ -266,7 +300,7 @@ impl<'a> CompressedMatrix<'a> {
             cpu::convert(self.backend, &work.values, view.cols, width, self.dtype(), out, stride);
             joined
         };
-        result.map_err(|e| self.stream.in_tile(opened.tile.index, e))
+        result.map_err(|e| self.in_tile(opened.tile.index, e))
     }
 
     /// True if decoded values are the matrix's own bits already.

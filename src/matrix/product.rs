@@ -33,31 +33,84 @@ thread_local! {
     static SCRATCH: RefCell<([DotScratch; 2], Vec<f32>)> = RefCell::default();
 }
 
-/// Collects the first error of parallel tasks, and their disjoint outputs.
-struct Outputs<'y> {
-    parts: Vec<Mutex<&'y mut [f32]>>,
-    error: Mutex<Option<(usize, Error)>>,
-}
+/// The first error of parallel tasks, by their numbers.
+#[derive(Default)]
+struct FirstError(Mutex<Option<(usize, Error)>>);
 
-impl<'y> Outputs<'y> {
-    fn new(y: &'y mut [f32], part: usize) -> Outputs<'y> {
-        Outputs { parts: y.chunks_mut(part).map(Mutex::new).collect(), error: Mutex::new(None) }
+impl FirstError {
+    fn note(&self, task: usize, result: Result<()>) {
+        if let Err(error) = result {
+            let mut first = self.0.lock().unwrap_or_else(|e| e.into_inner());
+            if first.as_ref().is_none_or(|(other, _)| task < *other) {
+                *first = Some((task, error));
+            }
+        }
     }
 
-    fn run(self, executor: &impl Executor, task: impl Fn(usize, &mut [f32]) -> Result<()> + Sync) -> Result<()> {
-        executor.run(self.parts.len(), &|index| {
-            // Each part is locked by its own task only; a poisoned lock means that one panicked before.
-            let mut part = self.parts[index].lock().unwrap_or_else(|e| e.into_inner());
-            if let Err(error) = task(index, &mut part) {
-                let mut first = self.error.lock().unwrap_or_else(|e| e.into_inner());
-                if first.as_ref().is_none_or(|(i, _)| index < *i) {
-                    *first = Some((index, error));
-                }
-            }
-        });
-        let error = self.error.into_inner().unwrap_or_else(|e| e.into_inner());
+    fn result(self) -> Result<()> {
+        let error = self.0.into_inner().unwrap_or_else(|e| e.into_inner());
         error.map_or(Ok(()), |(_, error)| Err(error))
     }
+}
+
+/// Runs a task for each part of an output; each has its part for itself.
+fn run_parts(
+    executor: &impl Executor,
+    parts: Vec<&mut [f32]>,
+    task: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
+) -> Result<()> {
+    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
+    let error = FirstError::default();
+    executor.run(parts.len(), &|index| {
+        // Each part is locked by its own task only; a poisoned lock means that one panicked before.
+        let mut part = parts[index].lock().unwrap_or_else(|e| e.into_inner());
+        error.note(index, task(index, &mut part));
+    });
+    error.result()
+}
+
+/// `Y = X·Wᵀ` for `m` rows of activations and several matrices of as many columns, in one parallel region: `x` is
+/// `m × columns`, and the results, each `m × rows` of its matrix and row-major, stand one after another. The activations
+/// are made ready once for all matrices. Each result is, to the last bit, what [`CompressedMatrix::matmul`] gives.
+///
+/// # Errors
+/// If `x` does not fit one of the matrices, or a tile is damaged.
+pub fn matmul_each(matrices: &[CompressedMatrix], x: &[f32], m: usize, executor: &impl Executor) -> Result<Vec<f32>> {
+    for matrix in matrices {
+        matrix.expect("x", x.len(), m * matrix.geometry().cols)?;
+    }
+    let rows = |matrix: &CompressedMatrix| matrix.geometry().rows;
+    let mut y = vec![0.0; m * matrices.iter().map(rows).sum::<usize>()];
+    if y.is_empty() {
+        return Ok(y);
+    }
+    // By matrices and strips: [matrix][strip][m][row of the strip].
+    let (mut parts, mut strips, mut rest) = (Vec::new(), Vec::new(), &mut y[..]);
+    for matrix in matrices {
+        let (own, after) = rest.split_at_mut(m * rows(matrix));
+        rest = after;
+        parts.extend(own.chunks_mut(m * BAND_ROWS));
+        strips.extend((0..rows(matrix).div_ceil(BAND_ROWS)).map(|strip| (matrix, strip)));
+    }
+    let vector = (m == 1).then(|| Activation::new(x));
+    run_parts(executor, parts, |index, y| {
+        let (matrix, strip) = strips[index];
+        SCRATCH.with_borrow_mut(|(scratch, weights)| match &vector {
+            Some(x) => matrix.strip_dot(strip, x, scratch, y),
+            None => matrix.strip_matmul(strip, x, m, &mut scratch[0], weights, y),
+        })
+    })?;
+    if m == 1 {
+        return Ok(y);
+    }
+    let mut out = Vec::with_capacity(y.len());
+    let mut rest = &y[..];
+    for matrix in matrices {
+        let (own, after) = rest.split_at(m * rows(matrix));
+        rest = after;
+        unstrip(own, m, rows(matrix), BAND_ROWS, &mut out);
+    }
+    Ok(out)
 }
 
 impl CompressedMatrix<'_> {
@@ -70,13 +123,16 @@ impl CompressedMatrix<'_> {
     /// # Errors
     /// If `x` does not fit, or a tile is damaged.
     pub fn matvec(&self, x: &[f32], executor: &impl Executor) -> Result<Vec<f32>> {
-        let Geometry { rows, cols } = self.geometry();
-        self.expect("x", x.len(), cols)?;
-        let x = Activation::new(x);
-        let mut y = vec![0.0; rows];
-        Outputs::new(&mut y, BAND_ROWS)
-            .run(executor, |strip, y| SCRATCH.with_borrow_mut(|(scratch, _)| self.strip_dot(strip, &x, scratch, y)))?;
-        Ok(y)
+        self.matmul(x, 1, executor)
+    }
+
+    /// `Y = X·Wᵀ` for `m` rows of activations: `x` is `m × columns`, the result `m × rows`, both row-major. Each strip of
+    /// 64 rows is decoded once and multiplied with all activations.
+    ///
+    /// # Errors
+    /// If `x` does not fit, or a tile is damaged.
+    pub fn matmul(&self, x: &[f32], m: usize, executor: &impl Executor) -> Result<Vec<f32>> {
+        matmul_each(std::slice::from_ref(self), x, m, executor)
     }
 
     /// The rows of one strip of bands times `x`. Two tiles are decoded side by side.
@@ -92,48 +148,42 @@ impl CompressedMatrix<'_> {
             if col + 1 == across {
                 let [done] = cpu::symbols(backend, [&view], [&mut left.scratch]);
                 let added = dot_band(backend, &view, done, left, x, a.rect.col, y);
-                return added.map_err(|e| self.stream().in_tile(first + col, e));
+                return added.map_err(|e| self.in_tile(first + col, e));
             }
             let b = self.open_band(first + col + 1, band)?;
             let other = self.view(&b);
             let done = cpu::symbols(backend, [&view, &other], [&mut left.scratch, &mut right.scratch]);
             let added = dot_band(backend, &view, done[0], left, x, a.rect.col, y);
-            added.map_err(|e| self.stream().in_tile(first + col, e))?;
+            added.map_err(|e| self.in_tile(first + col, e))?;
             let added = dot_band(backend, &other, done[1], right, x, b.rect.col, y);
-            added.map_err(|e| self.stream().in_tile(first + col + 1, e))?;
+            added.map_err(|e| self.in_tile(first + col + 1, e))?;
         }
         Ok(())
     }
 
-    /// `Y = X·Wᵀ` for `m` rows of activations: `x` is `m × columns`, the result `m × rows`, both row-major. Each strip of
-    /// 64 rows is decoded once and multiplied with all activations.
-    ///
-    /// # Errors
-    /// If `x` does not fit, or a tile is damaged.
-    pub fn matmul(&self, x: &[f32], m: usize, executor: &impl Executor) -> Result<Vec<f32>> {
+    /// `m` rows of activations times the rows of one strip of bands, which are decoded to `weights`: `y` is
+    /// `m × rows of the strip`.
+    fn strip_matmul(
+        &self,
+        strip: usize,
+        x: &[f32],
+        m: usize,
+        scratch: &mut DotScratch,
+        weights: &mut Vec<f32>,
+        y: &mut [f32],
+    ) -> Result<()> {
         let Geometry { rows, cols } = self.geometry();
-        if m == 1 {
-            return self.matvec(x, executor);
+        let (across, band) = (self.geometry().tile_cols(), strip % (TILE / BAND_ROWS));
+        let n = BAND_ROWS.min(rows - strip * BAND_ROWS);
+        weights.resize(n * cols, 0.0);
+        let first = strip * BAND_ROWS / TILE * across;
+        for column in 0..across {
+            self.band_f32(first + column, band, scratch, &mut weights[column * TILE..], cols)?;
         }
-        self.expect("x", x.len(), m * cols)?;
-        // By strips: [strip][m][row of the strip].
-        let mut y = vec![0.0; m * rows];
-        Outputs::new(&mut y, m * BAND_ROWS).run(executor, |strip, y| {
-            SCRATCH.with_borrow_mut(|([scratch, _], weights)| {
-                let (across, band) = (self.geometry().tile_cols(), strip % (TILE / BAND_ROWS));
-                let n = BAND_ROWS.min(rows - strip * BAND_ROWS);
-                weights.resize(n * cols, 0.0);
-                let first = strip * BAND_ROWS / TILE * across;
-                for column in 0..across {
-                    self.band_f32(first + column, band, scratch, &mut weights[column * TILE..], cols)?;
-                }
-                // y[m][n] = Σ x[m][k] · w[n][k]
-                let shape = Gemm { m, n, k: cols, a: [cols, 1], b: [1, cols], c: [n, 1], add: false };
-                gemm(&shape, x, weights, y);
-                Ok(())
-            })
-        })?;
-        Ok(from_strips(&y, m, rows))
+        // y[m][n] = Σ x[m][k] · w[n][k]
+        let shape = Gemm { m, n, k: cols, a: [cols, 1], b: [1, cols], c: [n, 1], add: false };
+        gemm(&shape, x, weights, y);
+        Ok(())
     }
 
     /// `X = Y·W` for `m` rows of gradients: `y` is `m × rows`, the result `m × columns`, both row-major. What
@@ -146,7 +196,7 @@ impl CompressedMatrix<'_> {
         self.expect("y", y.len(), m * rows)?;
         // By columns of tiles: [column][m][column of the tile].
         let mut x = vec![0.0; m * cols];
-        Outputs::new(&mut x, m * TILE).run(executor, |column, x| {
+        run_parts(executor, x.chunks_mut((m * TILE).max(1)).collect(), |column, x| {
             SCRATCH.with_borrow_mut(|([scratch, _], weights)| {
                 let across = self.geometry().tile_cols();
                 for tile in (column..self.geometry().tiles()).step_by(across) {
@@ -170,7 +220,9 @@ impl CompressedMatrix<'_> {
                 Ok(())
             })
         })?;
-        Ok(unstrip(&x, m, cols, TILE))
+        let mut out = Vec::with_capacity(x.len());
+        unstrip(&x, m, cols, TILE, &mut out);
+        Ok(out)
     }
 
     /// A band's weights as `f32`s, in rows of `stride` at `out`.
@@ -185,7 +237,7 @@ impl CompressedMatrix<'_> {
         let opened = self.open_band(tile, band)?;
         let view = self.view(&opened);
         let [done] = cpu::symbols(self.backend(), [&view], [&mut scratch.scratch]);
-        cpu::dot::values(self.backend(), &view, done, scratch, out, stride).map_err(|e| self.stream().in_tile(tile, e))
+        cpu::dot::values(self.backend(), &view, done, scratch, out, stride).map_err(|e| self.in_tile(tile, e))
     }
 
     fn expect(&self, what: &str, got: usize, need: usize) -> Result<()> {
@@ -197,19 +249,16 @@ impl CompressedMatrix<'_> {
     }
 }
 
-/// From `[strip][m][row of the strip]` to `[m][row]`.
-fn from_strips(y: &[f32], m: usize, rows: usize) -> Vec<f32> {
-    unstrip(y, m, rows, BAND_ROWS)
-}
-
-/// From `[part][m][index in the part]` to `[m][index]`, with parts of `size` but the last.
-fn unstrip(y: &[f32], m: usize, total: usize, size: usize) -> Vec<f32> {
-    let mut out = vec![0.0; m * total];
-    for (part, values) in y.chunks(m * size).enumerate() {
+/// Appends to `out` what stands in `y` as `[part][m][index in the part]`, with parts of `size` but the last, as
+/// `[m][index]`.
+fn unstrip(y: &[f32], m: usize, total: usize, size: usize, out: &mut Vec<f32>) {
+    let start = out.len();
+    out.resize(start + y.len(), 0.0);
+    let out = &mut out[start..];
+    for (part, values) in y.chunks((m * size).max(1)).enumerate() {
         let n = values.len() / m;
         for (row, values) in values.chunks_exact(n).enumerate() {
             out[row * total + part * size..][..n].copy_from_slice(values);
         }
     }
-    out
 }

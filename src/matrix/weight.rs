@@ -1,10 +1,11 @@
 //! A compressed matrix that owns its bytes, or shares a memory map: what a layer holds.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::CompressedMatrix;
-use super::decode::Shared;
+use super::decode::{Origin, Shared};
 use crate::codec::{Dtype, Geometry, Plan};
 use crate::cpu::Backend;
 use crate::format::header::Header;
@@ -19,6 +20,7 @@ pub struct Weight {
     checks: Checks,
     shared: Arc<Shared>,
     backend: Backend,
+    origin: Option<Arc<Origin>>,
 }
 
 impl fmt::Debug for Weight {
@@ -38,7 +40,19 @@ impl Weight {
         let stream = TileStream::parse(bytes.as_ref())?;
         let shared = Arc::new(Shared::new(&stream));
         let (header, checks) = stream.into_header();
-        Ok(Weight { bytes: Arc::new(bytes), header: Arc::new(header), checks, shared, backend: Backend::current()? })
+        let backend = Backend::current()?;
+        Ok(Weight { bytes: Arc::new(bytes), header: Arc::new(header), checks, shared, backend, origin: None })
+    }
+
+    /// Remembers where the matrix comes from: errors then start with file and tensor.
+    pub fn with_origin(mut self, file: impl Into<PathBuf>, tensor: impl Into<String>) -> Weight {
+        self.origin = Some(Arc::new(Origin { file: file.into(), tensor: tensor.into() }));
+        self
+    }
+
+    /// The name of its tensor, if it comes from a checkpoint.
+    pub fn name(&self) -> Option<&str> {
+        self.origin.as_ref().map(|origin| origin.tensor.as_str())
     }
 
     /// Decodes with another backend, which must be available.
@@ -55,14 +69,15 @@ impl Weight {
     pub fn matrix(&self) -> Result<CompressedMatrix<'_>> {
         let bytes = (*self.bytes).as_ref();
         if bytes.len() as u64 != self.header.total {
-            return Err(Error::Truncated {
-                what: "the tile stream",
-                need: self.header.total,
-                have: bytes.len() as u64,
+            let (need, have) = (self.header.total, bytes.len() as u64);
+            let error = Error::Truncated { what: "the tile stream", need, have };
+            return Err(match &self.origin {
+                Some(origin) => origin.name(error),
+                None => error,
             });
         }
         let stream = TileStream::reopened(bytes, &self.header, self.checks);
-        Ok(CompressedMatrix::reopened(stream, self.shared.clone(), self.backend))
+        Ok(CompressedMatrix::reopened(stream, self.shared.clone(), self.backend, self.origin.clone()))
     }
 
     /// How the matrix is coded.

@@ -1,8 +1,9 @@
 //! Causal self-attention with grouped queries.
 
-use candle_core::{D, DType, Device, Module, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{Cache, Config, Weights};
+use crate::nn::LinearLayer;
 
 /// Queries that are scored at a time, so that a long prompt's scores do not grow with its square.
 const QUERY_CHUNK: usize = 256;
@@ -19,7 +20,7 @@ pub(super) struct Attention<L> {
     head_dim: usize,
 }
 
-impl<L: Module> Attention<L> {
+impl<L: LinearLayer> Attention<L> {
     /// Loads `PREFIX.{q,k,v,o}_proj.weight`.
     pub(super) fn load<W: Weights<Linear = L>>(weights: &W, prefix: &str, config: &Config) -> crate::Result<Self> {
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
@@ -41,9 +42,10 @@ impl<L: Module> Attention<L> {
         let (batch, tokens, _) = x.dims3()?;
         let split =
             |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, self.head_dim))?.transpose(1, 2)?.contiguous();
-        let q = cache.rotate(&split(self.q.forward(x)?, self.heads)?, position)?;
-        let k = cache.rotate(&split(self.k.forward(x)?, self.kv_heads)?, position)?;
-        let v = split(self.v.forward(x)?, self.kv_heads)?;
+        let [q, k, v] = L::forward_each([&self.q, &self.k, &self.v], x)?;
+        let q = cache.rotate(&split(q, self.heads)?, position)?;
+        let k = cache.rotate(&split(k, self.kv_heads)?, position)?;
+        let v = split(v, self.kv_heads)?;
         let (k, v) = cache.append(layer, position, &k, &v)?;
         let (k, v) = (k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?);
         let q = (q.to_dtype(DType::F32)? * (1.0 / (self.head_dim as f64).sqrt()))?;

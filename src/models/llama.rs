@@ -18,6 +18,7 @@ use candle_nn::RmsNorm;
 
 use super::attention::Attention;
 use super::{Cache, Config, DenseWeights, Weights};
+use crate::nn::LinearLayer;
 use crate::{Checkpoint, Error};
 
 /// A Llama of plain candle layers.
@@ -63,7 +64,7 @@ struct Block<L> {
     down: L,
 }
 
-impl<L: Module> Block<L> {
+impl<L: LinearLayer> Block<L> {
     fn load<W: Weights<Linear = L>>(weights: &W, prefix: &str, config: &Config) -> crate::Result<Self> {
         let (hidden, wide) = (config.hidden_size, config.intermediate_size);
         let linear = |name: &str, out, input| weights.linear(&format!("{prefix}.mlp.{name}_proj.weight"), out, input);
@@ -84,7 +85,8 @@ impl<L: Module> Block<L> {
         };
         let _span = tracing::trace_span!("mlp").entered();
         let y = self.norm_2.forward(&x)?;
-        let wide = (self.gate.forward(&y)?.silu()? * self.up.forward(&y)?)?;
+        let [gate, up] = L::forward_each([&self.gate, &self.up], &y)?;
+        let wide = (gate.silu()? * up)?;
         self.down.forward(&wide)? + x
     }
 }
@@ -93,7 +95,7 @@ fn norm<W: Weights>(weights: &W, name: &str, config: &Config) -> crate::Result<R
     Ok(RmsNorm::new(weights.tensor(name, &[config.hidden_size])?, config.rms_norm_eps))
 }
 
-impl<L: Module, E: Module> Llama<L, E> {
+impl<L: LinearLayer, E: Module> Llama<L, E> {
     /// Loads the model that `config` describes.
     ///
     /// If `config` has an output layer of its own but there is no `lm_head.weight`, the embedding's table is used, and

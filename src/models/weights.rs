@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use half::f16;
 
 use crate::checkpoint::{Checkpoint, Tensor as Stored};
+use crate::nn::LinearLayer;
 use crate::{Error, Result};
 
 /// A source of a model's parameters, by their Hugging Face names.
@@ -12,7 +13,7 @@ use crate::{Error, Result};
 /// error then names both) or holds something other than floating-point weights.
 pub trait Weights {
     /// A layer that maps `[.., in_dim]` to `[.., out_dim]`, without a bias.
-    type Linear: Module;
+    type Linear: LinearLayer;
     /// A layer that maps token ids `[..]` to `[.., dim]`.
     type Embedding: Module;
 

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::Linear;
 
 use super::{bytes_to_tensor, compress_tensor};
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{Options, Weight};
-use crate::ops::{CompressedMatmul, compressed_linear};
+use crate::ops::{CompressedMatmul, compressed_linear, compressed_linears};
 
 /// Replaces [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` kept compressed.
 #[derive(Clone, Debug)]
@@ -83,13 +83,48 @@ impl CompressedLinear {
     }
 }
 
-impl Module for CompressedLinear {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let _enter = self.span.enter();
-        let y = compressed_linear(x, &self.op)?;
+impl CompressedLinear {
+    /// The product with the bias added.
+    fn biased(&self, y: Tensor) -> Result<Tensor> {
         match &self.bias {
             None => Ok(y),
             Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
         }
     }
+}
+
+impl Module for CompressedLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let _enter = self.span.enter();
+        self.biased(compressed_linear(x, &self.op)?)
+    }
+}
+
+/// A linear layer that may run together with others on the same input, as Q, K and V or gate and up do.
+pub trait LinearLayer: Module {
+    /// What [`Module::forward`] of each layer gives, to the last bit. Layers that can do so make the input ready once and
+    /// share one parallel region; by default they run one after another.
+    ///
+    /// # Errors
+    /// As [`Module::forward`] of the first layer that fails.
+    fn forward_each<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        all(layers.iter().map(|layer| layer.forward(x)))
+    }
+}
+
+impl LinearLayer for Linear {}
+
+impl LinearLayer for CompressedLinear {
+    fn forward_each<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let _enter = layers.first().map(|layer| layer.span.enter());
+        let products = compressed_linears(x, &layers.map(|layer| &layer.op))?;
+        all(products.into_iter().zip(layers).map(|(y, layer)| layer.biased(y)))
+    }
+}
+
+/// The results of `N` layers.
+fn all<const N: usize>(results: impl Iterator<Item = Result<Tensor>>) -> Result<[Tensor; N]> {
+    let results: Vec<Tensor> = results.collect::<Result<_>>()?;
+    let count = results.len();
+    results.try_into().or_else(|_| bail!("{N} layers gave {count} results"))
 }

@@ -4,7 +4,7 @@ mod embedding;
 mod linear;
 
 pub use embedding::CompressedEmbedding;
-pub use linear::CompressedLinear;
+pub use linear::{CompressedLinear, LinearLayer};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 

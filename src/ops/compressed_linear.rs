@@ -1,10 +1,10 @@
 //! `Y = X·Wᵀ` with a compressed `W`.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 
-use crate::matrix::{Executor, Weight};
+use crate::matrix::{Executor, Weight, matmul_each};
 
 /// candle's own pool, so that its threads and ours do not compete.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,51 +36,35 @@ impl CompressedMatmul {
         &self.weight
     }
 
-    /// Applies `product` (of `m` rows of `inner` values with the matrix) to the last dimension of a strided tensor.
-    fn apply(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-        [inner, outer]: [usize; 2],
-        product: impl Fn(&[f32], usize) -> crate::Result<Vec<f32>>,
-    ) -> Result<(CpuStorage, Shape)> {
+    /// The rows of a strided activation whose last dimension is `inner`, and its other dimensions.
+    fn rows<'l>(&self, storage: &CpuStorage, layout: &'l Layout, inner: usize) -> Result<(Vec<f32>, &'l [usize])> {
         let dims = layout.dims();
-        let Some((&last, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
+        let Some((_, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
             let g = self.weight.geometry();
+            let name = self.weight.name().map_or(String::new(), |name| format!(" {name}"));
             bail!(
-                "compressed linear: an input of shape {dims:?} does not fit a weight of shape [{}, {}]",
+                "compressed linear{name}: an input of shape {dims:?} does not fit a weight of shape [{}, {}]",
                 g.rows,
                 g.cols
             )
         };
-        let m = layout.shape().elem_count() / last;
-        let shape = Shape::from([leading, &[outer]].concat());
-        if m == 0 {
-            return Ok((zeros(storage.dtype())?, shape));
-        }
-        let y = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(product(&gather(x, layout, |x| x), m)?),
-            CpuStorage::BF16(x) => {
-                let y = product(&gather(x, layout, bf16::to_f32), m)?;
-                CpuStorage::BF16(y.into_iter().map(bf16::from_f32).collect())
-            }
-            CpuStorage::F16(x) => {
-                let y = product(&gather(x, layout, f16::to_f32), m)?;
-                CpuStorage::F16(y.into_iter().map(f16::from_f32).collect())
-            }
+        let rows = match storage {
+            CpuStorage::F32(x) => gather(x, layout, |x| x),
+            CpuStorage::BF16(x) => gather(x, layout, bf16::to_f32),
+            CpuStorage::F16(x) => gather(x, layout, f16::to_f32),
             other => bail!("compressed linear: an input of {:?}, allowed are f32, bf16 and f16", other.dtype()),
         };
-        Ok((y, shape))
+        Ok((rows, leading))
     }
 }
 
-fn zeros(dtype: DType) -> Result<CpuStorage> {
-    Ok(match dtype {
-        DType::F32 => CpuStorage::F32(Vec::new()),
-        DType::BF16 => CpuStorage::BF16(Vec::new()),
-        DType::F16 => CpuStorage::F16(Vec::new()),
-        other => bail!("compressed linear: an input of {other:?}, allowed are f32, bf16 and f16"),
-    })
+/// Results in the dtype of the activation that they were made of.
+fn store(like: &CpuStorage, y: Vec<f32>) -> CpuStorage {
+    match like {
+        CpuStorage::BF16(_) => CpuStorage::BF16(y.into_iter().map(bf16::from_f32).collect()),
+        CpuStorage::F16(_) => CpuStorage::F16(y.into_iter().map(f16::from_f32).collect()),
+        _ => CpuStorage::F32(y),
+    }
 }
 
 /// A tensor's values in row-major order, wherever its strides and offset put them.
@@ -107,7 +91,9 @@ impl CustomOp1 for CompressedMatmul {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let g = self.weight.geometry();
-        self.apply(storage, layout, [g.cols, g.rows], |x, m| self.weight.matrix()?.matmul(x, m, &PoolExecutor))
+        let (x, leading) = self.rows(storage, layout, g.cols)?;
+        let y = self.weight.matrix()?.matmul(&x, leading.iter().product(), &PoolExecutor)?;
+        Ok((store(storage, y), Shape::from([leading, &[g.rows]].concat())))
     }
 
     fn bwd(&self, _arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -125,8 +111,56 @@ impl CustomOp1 for Transposed<'_> {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let g = self.0.weight.geometry();
-        let product = |y: &[f32], m: usize| self.0.weight.matrix()?.matmul_transposed(y, m, &PoolExecutor);
-        self.0.apply(storage, layout, [g.rows, g.cols], product)
+        let (y, leading) = self.0.rows(storage, layout, g.rows)?;
+        let x = self.0.weight.matrix()?.matmul_transposed(&y, leading.iter().product(), &PoolExecutor)?;
+        Ok((store(storage, x), Shape::from([leading, &[g.cols]].concat())))
+    }
+}
+
+/// Several products with one activation. candle's operations have one result: it holds the products one after another.
+#[derive(Clone)]
+struct Merged(Vec<CompressedMatmul>);
+
+impl Merged {
+    /// Cuts the result, or a gradient of its shape, into the products for an activation of leading dimensions `leading`.
+    fn split(&self, y: &Tensor, leading: &[usize]) -> Result<Vec<Tensor>> {
+        let m = leading.iter().product::<usize>();
+        let mut start = 0;
+        let part = |op: &CompressedMatmul| {
+            let rows = op.weight.geometry().rows;
+            let part = y.narrow(0, start, m * rows)?.reshape([leading, &[rows]].concat());
+            start += m * rows;
+            part
+        };
+        self.0.iter().map(part).collect()
+    }
+}
+
+impl CustomOp1 for Merged {
+    fn name(&self) -> &'static str {
+        "compressed-linears"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (mut x, mut leading) = (Vec::new(), &[][..]);
+        for (index, op) in self.0.iter().enumerate() {
+            let cols = op.weight.geometry().cols;
+            if index == 0 || layout.dims().last() != Some(&cols) {
+                (x, leading) = op.rows(storage, layout, cols)?;
+            }
+        }
+        let matrices = self.0.iter().map(|op| op.weight.matrix()).collect::<crate::Result<Vec<_>>>()?;
+        let y = matmul_each(&matrices, &x, leading.iter().product(), &PoolExecutor)?;
+        let shape = Shape::from(y.len());
+        Ok((store(storage, y), shape))
+    }
+
+    fn bwd(&self, arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let Some((_, leading)) = arg.dims().split_last() else { return Ok(None) };
+        let parts = self.split(grad, leading)?.into_iter().zip(&self.0);
+        let mut parts = parts.map(|(grad, op)| grad.apply_op1_no_bwd(&Transposed(op)));
+        let first = parts.next().transpose()?;
+        first.map(|first| parts.try_fold(first, |sum, part| sum + part?)).transpose()
     }
 }
 
@@ -138,4 +172,18 @@ impl CustomOp1 for Transposed<'_> {
 pub fn compressed_linear(x: &Tensor, op: &CompressedMatmul) -> Result<Tensor> {
     // Only a tracked argument needs the op to be kept for the way back.
     if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }
+}
+
+/// What [`compressed_linear`] gives for each of `ops`, to the last bit, in one parallel region: the activation is gathered
+/// and made ready once for all of them. For queries, keys and values, or for gate and up.
+///
+/// # Errors
+/// As [`compressed_linear`].
+pub fn compressed_linears(x: &Tensor, ops: &[&CompressedMatmul]) -> Result<Vec<Tensor>> {
+    if ops.len() < 2 || !x.device().is_cpu() {
+        return ops.iter().map(|op| compressed_linear(x, op)).collect();
+    }
+    let merged = Merged(ops.iter().map(|&op| op.clone()).collect());
+    let y = if x.track_op() { x.apply_op1(merged.clone())? } else { x.apply_op1_no_bwd(&merged)? };
+    merged.split(&y, &x.dims()[..x.rank() - 1])
 }

@@ -3,7 +3,7 @@
 
 mod compressed_linear;
 
-pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear};
+pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {

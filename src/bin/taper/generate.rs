@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::Options;
 use candle_taper::models::{CompressedLlama, Llama, config};
+use candle_taper::nn::LinearLayer;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use candle_transformers::utils::apply_repeat_penalty;
 use tokenizers::Tokenizer;
@@ -135,7 +136,7 @@ struct Generation<'a, L, E> {
     tokenizer: &'a Tokenizer,
 }
 
-impl<L: Module, E: Module> Generation<'_, L, E> {
+impl<L: LinearLayer, E: Module> Generation<'_, L, E> {
     /// Writes the prompt and what follows it to standard output, as it is found.
     fn write(&self, prompt: &str, mut tokens: Vec<u32>) -> Result<Stats> {
         let (args, context) = (self.args, self.llama.config().max_position_embeddings);
