@@ -1,0 +1,111 @@
+// Between dense rows and the layouts of unit.cuh: reading fragments from rows, placing repairs, decoding to rows.
+#pragma once
+#include "unit.cuh"
+
+namespace taper {
+
+// The weights of one lane in unit `unit` of `tile`, from row-major 16-bit rows. What lies outside the matrix reads as zero.
+struct Dense {
+  const uint16_t* at;
+  int rows_left, cols_left, stride;  // from this lane's first weight; may be negative
+  bool aligned;
+
+  struct Vector {
+    uint32_t w[2][4];  // rows g and g+8, eight columns each
+    int cols;          // how many of the columns exist
+    bool row[2];
+    __device__ __forceinline__ uint32_t weight(int i) const { return w[i >> 3][(i & 7) >> 1] >> 16 * (i & 1) & 0xFFFF; }  // i = 8 h + kk
+    __device__ __forceinline__ bool inside(int i) const { return row[i >> 3] && (i & 7) < cols; }
+  };
+
+  __device__ Dense(const uint16_t* dense, int rows, int cols, int stride_, int tile, int unit, int lane) : stride(stride_) {
+    const int row = tile * TILE_ROWS + (lane >> 2), col = unit * UNIT_COLS + (lane & 3) * 8;
+    at = dense + (size_t)row * stride + col;
+    rows_left = rows - row, cols_left = cols - col;
+    aligned = ((size_t)dense & 15) == 0 && stride % 8 == 0;
+  }
+  __device__ __forceinline__ Vector load(int j) const {
+    Vector v;
+    v.cols = cols_left - 32 * j;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      v.row[h] = rows_left > 8 * h;
+      const uint16_t* p = at + (size_t)8 * h * stride + 32 * j;
+      uint4 q = make_uint4(0, 0, 0, 0);
+      if (v.row[h] && aligned && v.cols >= 8) q = *(const uint4*)p;
+      v.w[h][0] = q.x, v.w[h][1] = q.y, v.w[h][2] = q.z, v.w[h][3] = q.w;
+      if (v.row[h] && !(aligned && v.cols >= 8)) {
+#pragma unroll
+        for (int kk = 0; kk < 8; kk++)
+          if (kk < v.cols) v.w[h][kk / 2] |= (uint32_t)p[kk] << 16 * (kk & 1);
+      }
+    }
+    return v;
+  }
+};
+
+// Where a stage's repairs go: its trailer, or if there are more than ENTRIES the overflow list.
+struct RepairList {
+  uint8_t* trailer;
+  uint2 head;  // overflow count (0: the trailer holds them), overflow offset
+  uint32_t *list, limit;
+  int first_entry;
+  __device__ RepairList(uint8_t* trailer_, uint2 head_, uint32_t* overflow, uint32_t capacity, int extra)
+      : trailer(trailer_), head(head_), list(overflow), limit(capacity), first_entry(8 + extra) {}
+  // The place of this lane's first repair: by unit, then by lane. Called by all 8 warps; clears the trailer's entries.
+  __device__ uint32_t place(uint32_t mine, uint32_t (&found)[8], int warp, int lane) const {
+    uint32_t before = mine;
+    for (int d = 1; d < 32; d *= 2) {
+      const uint32_t up = __shfl_up_sync(~0u, before, d);
+      if (lane >= d) before += up;
+    }
+    if (lane == 31) found[warp] = before;
+    if (threadIdx.x == 0) *(uint2*)trailer = head;
+    if (threadIdx.x < ENTRIES) ((uint32_t*)(trailer + first_entry))[threadIdx.x] = 0;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) before += found[w];
+    return before - mine;
+  }
+  __device__ void put(uint32_t i, uint32_t entry) const {
+    if (head.x == 0) {
+      if (i < ENTRIES) ((uint32_t*)(trailer + first_entry))[i] = entry;
+    } else if (head.y + i < limit) list[head.y + i] = entry;  // what does not fit is counted by repair_scan
+  }
+};
+
+// One stage to dense rows: a warp per unit. 25 KB of shared memory, so that eight blocks share an SM and hide each other's waits.
+template <class L>
+__device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride, int tile0) {
+  __shared__ __align__(16) uint8_t memory[8][L::UNIT_BYTES + L::TRAILER];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const Shape<L> shape(rows, cols);
+  const int stage = blockIdx.x % shape.stages, tile = tile0 + blockIdx.x / shape.stages, units = shape.units_of(stage);
+  const uint8_t* src = weights + tile * shape.tile_bytes() + stage * Shape<L>::stage_bytes();
+  const uint32_t at = shared_address(memory[warp]);
+  const bool aligned = ((size_t)out & 15) == 0 && stride % 8 == 0;
+  for (int u = warp; u < units; u += 8) {
+    for (int i = lane; i < L::UNIT_BYTES / 16; i += 32) async_copy16(at + 16 * i, src + u * L::UNIT_BYTES + 16 * i);
+    for (int i = lane; i < L::TRAILER / 16; i += 32) async_copy16(at + L::UNIT_BYTES + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
+    async_commit();
+    async_wait<0>();
+    __syncwarp();
+    const int row = tile * TILE_ROWS + g, col = (stage * L::UNITS + u) * UNIT_COLS + t * 8;
+    decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, overflow, [&](int j, const uint32_t (&a)[8]) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int r = row + 8 * h, k = col + 32 * j;
+        if (r >= rows || k >= cols) continue;
+        uint16_t* to = out + (size_t)(r - tile0 * TILE_ROWS) * stride + k;
+        if (aligned && k + 8 <= cols) *(uint4*)to = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
+        else {
+#pragma unroll
+          for (int e = 0; e < 8; e++)
+            if (k + e < cols) to[e] = (uint16_t)(a[2 * (e / 2) + h] >> 16 * (e & 1));
+        }
+      }
+    });
+    __syncwarp();
+  }
+}
+
+}  // namespace taper

@@ -1,0 +1,47 @@
+// Layout `fixed`: 12.05 bits a bf16 weight, whatever its distribution.
+//
+//   unit   2048 bytes sign and mantissa: byte 512 j + 16 lane + 2 kk + h (see unit.cuh)
+//          1024 bytes codes: word pair (2j, 2j+1) of lane; register p of vector j takes bits 4(p%4) (low half) and 16+4(p%4) of word 2j + p/4
+//   stage  8 units, trailer of 96 bytes: EXTRA is one byte a unit, the lowest exponent of its window
+//
+// A code is the exponent less the unit's lowest: the 16 neighbouring exponents that most weights of the unit have. What lies outside
+// (0.01% of a Gaussian, 0.04% of trained weights) is repaired exactly (unit.cuh). Windows follow the scales of rows and columns
+// by themselves, as each unit has its own.
+//
+// Budget per pair: PRMT spreads two sign-and-mantissa bytes, LOP3 masks a code, IMAD shifts it and adds the base, LOP3 joins them:
+// 4 instructions, 2.0 a weight, plus loads and products.
+#pragma once
+#include "unit.cuh"
+
+namespace taper {
+
+struct Fixed {
+  static constexpr int UNITS = 8, UNIT_BYTES = 3072, EXTRA = 8, TRAILER = 8 + EXTRA + 4 * ENTRIES;
+  static constexpr bool SCALED = false;
+
+  struct Unit {
+    uint4 sm[4], codes[2];
+    uint32_t base, by128, by8;
+    __device__ __forceinline__ void load(uint32_t at, uint32_t extra, int u, int lane) {
+      codes[0] = lds128(at + 2048 + lane * 16), codes[1] = lds128(at + 2560 + lane * 16);
+#pragma unroll
+      for (int j = 0; j < 4; j++) sm[j] = lds128(at + 512 * j + lane * 16);
+      base = lds8(extra + u) * 0x00800080u;
+      // blockDim.y is 1. The compiler does not know, so it leaves these multiplications to the multiplier, which has
+      // nothing else to do, instead of turning them into shifts for the crowded integer units.
+      by128 = blockDim.y * 128, by8 = blockDim.y * 8;
+    }
+    __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
+      const uint4 c = codes[j / 2];
+      const uint32_t s[4] = {sm[j].x, sm[j].y, sm[j].z, sm[j].w};
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        const uint32_t word = j % 2 == 0 ? (p < 4 ? c.x : c.y) : (p < 4 ? c.z : c.w), high = p & 2 ? word >> 8 : word;
+        const uint32_t exponents = p & 1 ? (high & 0x00F000F0u) * by8 + base : (high & 0x000F000Fu) * by128 + base;
+        a[p] = (__byte_perm(s[p / 2], 0, p & 1 ? 0x3311 : 0x2200) & 0x807F807Fu) | exponents;
+      }
+    }
+  };
+};
+
+}  // namespace taper
