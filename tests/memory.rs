@@ -93,6 +93,43 @@ fn greedy_headers() -> Vec<String> {
 
 /// One test only: others running beside it would be counted too.
 #[test]
+fn nothing_allocates_more_than_it_must() {
+    parsing_allocates_in_proportion_to_the_header();
+    #[cfg(feature = "candle")]
+    a_var_builder_needs_the_tensor_and_a_strip();
+}
+
+/// A tensor asked for by a model costs its own size and a few strips, in whatever dtype; just-in-time weights leave none.
+#[cfg(feature = "candle")]
+fn a_var_builder_needs_the_tensor_and_a_strip() {
+    use candle_core::{DType, Device};
+    use candle_taper::models::{JustInTime, var_builder};
+    use candle_transformers::models::with_tracing::linear_no_bias;
+
+    // 32 MiB in BF16.
+    let (rows, cols) = (4096, 4096);
+    let dir = tempfile::tempdir().unwrap();
+    let (plain, packed) = (dir.path().join("plain.safetensors"), dir.path().join("packed.safetensors"));
+    let tensor =
+        common::model::tensor("w.weight", common::Shape::Gaussian, candle_taper::Dtype::Bf16, &[rows, cols], 1);
+    common::model::write_shard(&plain, &[tensor]);
+    candle_taper::convert::compress(&plain, &packed, &Default::default(), &()).unwrap();
+    for path in [&plain, &packed] {
+        for dtype in [DType::BF16, DType::F32] {
+            let vb = var_builder(path, dtype, &Device::Cpu).unwrap();
+            let size = rows * cols * dtype.size_in_bytes();
+            let peak = peak_of(|| assert_eq!(vb.get((rows, cols), "w.weight").unwrap().dims(), [rows, cols]));
+            assert!(peak < size + (24 << 20), "{peak} bytes for a tensor of {size}");
+        }
+    }
+    let weights = JustInTime::open(&packed, DType::F32).unwrap();
+    let before = USED.load(Relaxed);
+    let layer = weights.load(|vb| linear_no_bias(cols, rows, vb.pp("w"))).unwrap();
+    let kept = USED.load(Relaxed).saturating_sub(before);
+    assert!(kept < 1 << 20, "{kept} bytes stay");
+    drop(layer);
+}
+
 fn parsing_allocates_in_proportion_to_the_header() {
     for header in greedy_headers() {
         let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Config, LlamaConfig, LlamaEosToks};
+use crate::format::manifest;
 use crate::{Error, Result};
 
 /// Reads `config.json` of a Llama's directory.
@@ -29,10 +30,48 @@ pub fn read(dir: impl AsRef<Path>) -> Result<Config> {
     parse(&text).map_err(|error| error.in_file(&path))
 }
 
+/// Refuses a directory whose `config.json` says that something else than this crate quantised the weights: the tensors
+/// are then no weights as they stand.
+///
+/// # Errors
+/// If it says so, or names a version of this crate's format that this build lacks. A directory without `config.json`, or
+/// a file, passes.
+pub(super) fn refuse_foreign_quantisation(dir: &Path) -> Result<()> {
+    let path = dir.join("config.json");
+    let Ok(text) = fs::read(&path) else { return Ok(()) };
+    let json: Value = serde_json::from_slice(&text).map_err(|e| Error::Malformed(e.to_string()).in_file(&path))?;
+    check_quantisation(&json["quantization_config"]).map_err(|error| error.in_file(&path))
+}
+
+fn check_quantisation(quantisation: &Value) -> Result<()> {
+    if !quantisation.is_object() {
+        return Ok(());
+    }
+    match quantisation["quant_method"].as_str() {
+        Some("taper") => {}
+        method => {
+            let by = method.map_or("a method that it does not name".to_string(), |method| format!("{method:?}"));
+            return Err(Error::Unsupported(format!(
+                "quantization_config says that the weights were quantised with {by}, which this build cannot read; take \
+                 the model's unquantised weights, and quantise them with taper compress --codec int8 or --bits"
+            )));
+        }
+    }
+    if let Some(format) = quantisation["format"].as_u64().filter(|&format| format != u64::from(manifest::VERSION)) {
+        return Err(Error::Unsupported(format!(
+            "written by a newer candle-taper (format {format}); this build reads format {}: update candle-taper",
+            manifest::VERSION
+        )));
+    }
+    // What the weights were before this crate compressed them.
+    check_quantisation(&quantisation["original"])
+}
+
 /// Parses the text of a `config.json`.
 fn parse(text: &[u8]) -> Result<Config> {
     let malformed = |error: serde_json::Error| Error::Malformed(error.to_string());
     let mut json: Value = serde_json::from_slice(text).map_err(malformed)?;
+    check_quantisation(&json["quantization_config"])?;
     let unsupported = |text: String| Err(Error::Unsupported(text));
     match json.get("model_type").and_then(Value::as_str) {
         Some("llama") => {}

@@ -2,16 +2,23 @@
 //!
 //! A model asks a [`Weights`] for its layers, so one implementation of a model serves plain tensors ([`DenseWeights`])
 //! and compressed ones ([`CompressedWeights`]).
+//!
+//! Models of other crates read checkpoints through [`var_builder()`], decoded at load, or through [`JustInTime`], decoded
+//! while they multiply.
 
 mod attention;
 pub mod cache;
 mod compressed;
 pub mod config;
+pub mod just_in_time;
 pub mod llama;
+pub mod var_builder;
 pub mod weights;
 
 pub use cache::Cache;
 pub use candle_transformers::models::llama::{Config, Llama3RopeConfig, Llama3RopeType, LlamaConfig, LlamaEosToks};
 pub use compressed::{CompressedLlama, CompressedWeights};
+pub use just_in_time::JustInTime;
 pub use llama::{DenseLlama, Llama};
+pub use var_builder::{CheckpointBackend, var_builder};
 pub use weights::{DenseWeights, Weights};

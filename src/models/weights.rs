@@ -1,9 +1,11 @@
 //! Where a model's parameters come from.
 
-use candle_core::{DType, Device, Module, Tensor};
-use half::f16;
+use std::ops::Range;
 
-use crate::checkpoint::{Checkpoint, Tensor as Stored};
+use candle_core::{DType, Device, Module, Tensor};
+
+use crate::checkpoint::{Checkpoint, Tensor as Stored, TensorInfo};
+use crate::codec::{Dtype, TILE, quant};
 use crate::nn::LinearLayer;
 use crate::{Error, Result};
 
@@ -134,30 +136,99 @@ pub fn dense_tensor(
 ) -> Result<Tensor> {
     expect_shape(checkpoint, name, shape)?;
     let info = checkpoint.info(name)?;
-    let at = |error: Error| error.in_tensor(name).in_file(checkpoint.file_of(info));
-    let decoded;
-    let bytes = match checkpoint.tensor(name)? {
-        Stored::Plain(bytes) => bytes,
-        Stored::Compressed(matrix) => {
-            decoded = matrix.decode().map_err(at)?;
-            &decoded
-        }
+    if !matches!(info.dtype.as_str(), "F64" | "F32" | "F16" | "BF16" | "F8_E4M3" | "F8_E5M2") {
+        let text = format!("its dtype is {}, but a model's weights are floats", info.dtype);
+        return Err(Error::Unsupported(text).in_tensor(name).in_file(checkpoint.file_of(info)));
+    }
+    decode_tensor(checkpoint, name, dtype, device)
+}
+
+/// A checkpoint's tensor, decoded and converted to `dtype` on `device`, in its own shape.
+///
+/// Strips of some MiB are decoded and converted one after another, so the memory needed besides the result is theirs. FP8
+/// (both kinds), I8, U16 and BOOL are read too; candle's own loader lacks some of them.
+///
+/// # Errors
+/// If it is missing or damaged, or candle has no dtype for its values.
+pub fn decode_tensor(checkpoint: &Checkpoint, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+    let info = checkpoint.info(name)?;
+    decode(checkpoint, info, dtype, device).map_err(|error| match error {
+        error @ (Error::File { .. } | Error::Io { .. }) => error,
+        other => other.in_tensor(name).in_file(checkpoint.file_of(info)),
+    })
+}
+
+/// Bytes of a strip, about.
+const STRIP_BYTES: usize = 4 << 20;
+
+fn decode(checkpoint: &Checkpoint, info: &TensorInfo, dtype: DType, device: &Device) -> Result<Tensor> {
+    let shape: Vec<usize> = info.shape.iter().map(|&dim| dim as usize).collect();
+    let (rows, cols) = match shape.split_last() {
+        Some((&cols, leading)) if !leading.is_empty() => (leading.iter().product(), cols),
+        _ => (1, shape.iter().product()),
     };
-    let own = match info.dtype.as_str() {
+    let stored = checkpoint.tensor(&info.name)?;
+    // Whole tiles, so that none is decoded twice.
+    let row_bytes = match &stored {
+        Stored::Plain(bytes) => bytes.len() / rows.max(1),
+        Stored::Compressed(matrix) => cols * matrix.dtype().size(),
+    };
+    let strip = (STRIP_BYTES / row_bytes.max(1) / TILE).max(1) * TILE;
+    let part = |range: Range<usize>| -> Result<Tensor> {
+        let (rows, decoded) = (range.len(), &mut Vec::new());
+        let bytes = match &stored {
+            Stored::Plain(bytes) => bytes.get(range.start * row_bytes..range.end * row_bytes).unwrap_or_default(),
+            Stored::Compressed(matrix) => {
+                *decoded = matrix.decode_rows(range)?;
+                decoded.as_slice()
+            }
+        };
+        Ok(from_bytes(bytes, &info.dtype, (rows, cols), dtype)?.to_dtype(dtype)?)
+    };
+    let tensor = if rows <= strip {
+        part(0..rows)?
+    } else {
+        let whole = Tensor::zeros((rows, cols), dtype, &Device::Cpu)?;
+        for start in (0..rows).step_by(strip) {
+            whole.slice_set(&part(start..rows.min(start + strip))?, 0, start)?;
+        }
+        whole
+    };
+    Ok(tensor.reshape(shape)?.to_device(device)?)
+}
+
+/// Little-endian values of a safetensors dtype as a matrix, in the dtype that candle has for them, or in a wider one.
+fn from_bytes(bytes: &[u8], dtype: &str, (rows, cols): (usize, usize), wanted: DType) -> Result<Tensor> {
+    let own = match dtype {
         "F64" => DType::F64,
         "F32" => DType::F32,
-        "F16" | "F8_E5M2" => DType::F16,
+        "F16" => DType::F16,
         "BF16" => DType::BF16,
-        "F8_E4M3" => DType::F8E4M3,
-        other => return Err(at(Error::Unsupported(format!("its dtype is {other}, but a model's weights are floats")))),
+        // candle 0.11.1 converts it to anything but F64, for which it never returns.
+        "F8_E4M3" if wanted == DType::F8E4M3 => DType::F8E4M3,
+        "I64" => DType::I64,
+        "I32" => DType::I32,
+        "I16" => DType::I16,
+        "U32" => DType::U32,
+        "U8" | "BOOL" => DType::U8,
+        _ => return widened(bytes, dtype, (rows, cols)),
     };
-    let tensor = if info.dtype == "F8_E5M2" {
-        // The upper byte of an F16.
-        let wide: Vec<f16> = bytes.iter().map(|&byte| f16::from_bits(u16::from(byte) << 8)).collect();
-        Tensor::from_vec(wide, shape, &Device::Cpu)
-    } else {
-        Tensor::from_raw_buffer(bytes, own, shape, &Device::Cpu)
+    Ok(Tensor::from_raw_buffer(bytes, own, &[rows, cols], &Device::Cpu)?)
+}
+
+/// Values for which candle has a wider dtype only.
+fn widened(bytes: &[u8], dtype: &str, shape: (usize, usize)) -> Result<Tensor> {
+    let tensor = match dtype {
+        "F8_E4M3" | "F8_E5M2" | "I8" => {
+            let mut wide = vec![0.0; bytes.len()];
+            quant::to_f32s(Dtype::from_name(dtype).unwrap_or(Dtype::I8), bytes, &mut wide);
+            Tensor::from_vec(wide, shape, &Device::Cpu)
+        }
+        "U16" => {
+            let wide = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]])));
+            Tensor::from_vec(wide.collect::<Vec<u32>>(), shape, &Device::Cpu)
+        }
+        other => return Err(Error::Unsupported(format!("candle has no dtype for the values of {other}"))),
     };
-    let tensor = tensor.and_then(|t| t.to_dtype(dtype)).and_then(|t| t.to_device(device));
-    tensor.map_err(|error| at(error.into()))
+    Ok(tensor?)
 }
