@@ -40,6 +40,9 @@ pub enum Command {
     /// Write text with a Llama, compressed or not
     #[cfg(feature = "candle")]
     Generate(GenerateArgs),
+    /// Time layers or whole models beside candle's own
+    #[cfg(feature = "candle")]
+    Bench(crate::bench::BenchArgs),
 }
 
 /// What becomes of the weights.

@@ -2,11 +2,15 @@
 
 mod args;
 #[cfg(feature = "candle")]
+mod bench;
+#[cfg(feature = "candle")]
 mod generate;
 mod progress;
 mod render;
 #[cfg(feature = "candle")]
 mod text_stream;
+#[cfg(feature = "candle")]
+mod threads;
 #[cfg(feature = "candle")]
 mod trace;
 
@@ -62,6 +66,10 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     // An unusable TAPER_CPU is an error before any work, not in the middle of it.
     candle_taper::Backend::current()?;
     if let Some(threads) = cli.threads {
+        #[cfg(feature = "candle")]
+        if matches!(cli.command, Command::Generate(_) | Command::Bench(_)) {
+            threads::set(threads)?;
+        }
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads.into())
             .build_global()
@@ -103,6 +111,8 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         }
         #[cfg(feature = "candle")]
         Command::Generate(args) => generate::run(args, cli.quiet)?,
+        #[cfg(feature = "candle")]
+        Command::Bench(args) => bench::run(args, cli.quiet)?,
         Command::Inspect(args) => {
             let progress = Reporter::new(cli.quiet || !args.exact, total_bytes(&args.path));
             let inspection = inspect::inspect(&args.path, args.exact, &progress)?;

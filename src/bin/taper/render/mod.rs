@@ -11,7 +11,7 @@ mod totals;
 
 pub use html::html;
 pub use json::json;
-pub use table::table;
+pub use table::{align, table};
 
 use candle_taper::inspect::{Parts, TensorInfo};
 

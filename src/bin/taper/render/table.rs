@@ -141,7 +141,7 @@ fn widths(rows: &[Vec<String>]) -> Vec<usize> {
 }
 
 /// Lines of columns, the first `left` of them left-aligned, the others right-aligned.
-fn align(rows: &[Vec<String>], left: usize) -> String {
+pub fn align(rows: &[Vec<String>], left: usize) -> String {
     let widths = widths(rows);
     let cell = |(i, text): (usize, &String)| {
         let width = widths[i];

@@ -1,0 +1,210 @@
+//! Layers of one shape: ours over compressed weights, candle's over plain ones and GGUF blocks.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use candle_nn::Linear;
+use candle_taper::nn::CompressedLinear;
+use candle_taper::{Dtype, compress};
+use half::bf16;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rand_distr::{Distribution, Normal, StudentT};
+
+use super::args::{BenchArgs, Coding, Shape, Stock, Weights};
+use super::progress::Steps;
+use super::report::{Group, Row};
+use super::timing::in_turns;
+
+/// Codings and formats that are timed unless others are asked for.
+const CODINGS: [&str; 5] = ["rans", "fixed12", "fixed11", "int8", "int8-fixed12"];
+const STOCKS: [&str; 4] = ["bf16", "f16", "f32", "q8_0"];
+/// Rounds unless asked for.
+const ROUNDS: u32 = 20;
+/// One sample is the mean of calls that take about this long together, so that threads are awake as they are in a model.
+const BURST: Duration = Duration::from_millis(10);
+/// The calls of a sample at most.
+const MAX_CALLS: u32 = 64;
+
+/// A layer that is timed.
+struct Subject {
+    name: String,
+    stock: bool,
+    /// Bytes of its weight.
+    bytes: usize,
+    /// The dtype of its activations.
+    dtype: DType,
+    /// The same layer several times, so that together they are larger than the caches.
+    copies: Vec<Box<dyn Module>>,
+    next: usize,
+}
+
+impl Subject {
+    /// As many layers from `make` as it takes for their weights to fill `rotate` bytes. `make` also gives the bytes of
+    /// the weight.
+    fn new<M: Module + 'static>(
+        name: String,
+        stock: bool,
+        dtype: DType,
+        rotate: usize,
+        make: impl Fn() -> Result<(M, usize)>,
+    ) -> Result<Subject> {
+        let (first, bytes) = make()?;
+        let mut copies: Vec<Box<dyn Module>> = vec![Box::new(first)];
+        while copies.len() < rotate.div_ceil(bytes.max(1)) {
+            copies.push(Box::new(make()?.0));
+        }
+        Ok(Subject { name, stock, bytes, dtype, copies, next: 0 })
+    }
+
+    /// The seconds that each of `calls` calls takes.
+    fn time(&mut self, x: &Tensor, calls: u32) -> Result<f64> {
+        let start = Instant::now();
+        for _ in 0..calls {
+            self.next = (self.next + 1) % self.copies.len();
+            black_box(self.copies[self.next].forward(black_box(x))?);
+        }
+        // Devices that work on their own have to be waited for.
+        x.device().synchronize()?;
+        Ok(start.elapsed().as_secs_f64() / f64::from(calls))
+    }
+}
+
+/// Times all layers of the arguments: a group for each shape and number of rows.
+pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<Vec<Group>> {
+    let (codings, stocks) = (args.codings(&CODINGS), args.stocks(&STOCKS));
+    ensure!(!codings.is_empty() || !stocks.is_empty(), "there is nothing to time: --codec and --stock are none");
+    let rounds = args.repetitions.unwrap_or(ROUNDS);
+    let work = args.shape.len() * (codings.len() + stocks.len() + args.rows.len() * rounds as usize);
+    steps.expect(work as u64);
+    let mut groups = Vec::new();
+    for &shape in &args.shape {
+        let mut subjects = subjects(args, shape, &codings, &stocks, device, steps)?;
+        for &rows in &args.rows {
+            let title = format!("{shape}, {rows} row{}", if rows == 1 { "" } else { "s" });
+            steps.begin(&title);
+            groups.push(group(title, &mut subjects, shape, rows as usize, rounds as usize, device, steps)?);
+        }
+    }
+    Ok(groups)
+}
+
+/// Times the layers of one shape with some rows of activations.
+fn group(
+    title: String,
+    subjects: &mut [Subject],
+    shape: Shape,
+    rows: usize,
+    rounds: usize,
+    device: &Device,
+    steps: &Steps,
+) -> Result<Group> {
+    let x = Tensor::randn(0.0f32, 1.0, (rows, shape.input), device)?;
+    let inputs = subjects.iter().map(|s| Ok(x.to_dtype(s.dtype)?)).collect::<Result<Vec<_>>>()?;
+    // The first call wakes everything up; the second says how many make a sample.
+    let calls = subjects.iter_mut().zip(&inputs).map(|(subject, x)| {
+        subject.time(x, 1)?;
+        let calls = BURST.as_secs_f64() / subject.time(x, 1)?.max(1e-9);
+        Ok((calls.ceil() as u32).clamp(1, MAX_CALLS))
+    });
+    let calls = calls.collect::<Result<Vec<u32>>>()?;
+    let samples = in_turns(subjects.len(), rounds, |subject, _| {
+        if subject == 0 {
+            steps.step();
+        }
+        subjects[subject].time(&inputs[subject], calls[subject])
+    })?;
+    let weights = (shape.out * shape.input) as u64;
+    let row = |subject: &Subject| Row {
+        name: subject.name.clone(),
+        stock: subject.stock,
+        bytes: subject.bytes as u64,
+        weights,
+        samples: Default::default(),
+    };
+    let rows = subjects.iter().zip(samples).map(|(subject, samples)| Row { samples, ..row(subject) });
+    Ok(Group { title, tokens: None, samples_a_pass: 1, rows: rows.collect() })
+}
+
+/// All layers of one shape. Their weights are the same BF16 numbers.
+fn subjects(
+    args: &BenchArgs,
+    shape: Shape,
+    codings: &[Coding],
+    stocks: &[Stock],
+    device: &Device,
+    steps: &Steps,
+) -> Result<Vec<Subject>> {
+    let Shape { out, input } = shape;
+    let rotate = (args.rotate as usize) << 20;
+    let values = values(args.weights, shape)?;
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let mut subjects = Vec::new();
+    for coding in codings {
+        steps.begin(&format!("{shape}: making {}", coding.name));
+        let options = coding.options.clone().context("--codec dense is for models; layers have --stock")?;
+        let stream = compress(&bytes, Dtype::Bf16, out, input, &options)?;
+        let layer = || {
+            let weight = candle_taper::matrix::Weight::new(stream.clone())?;
+            Ok((CompressedLinear::new(weight, None), stream.len()))
+        };
+        subjects.push(Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?);
+        steps.step();
+    }
+    let dense = Tensor::from_vec(values, (out, input), device)?;
+    for &stock in stocks {
+        let block = if let Stock::Blocks(format) = stock { format.block_size() } else { 1 };
+        if !input.is_multiple_of(block) {
+            let why = format!("{shape}: {stock} needs a multiple of {block} inputs");
+            ensure!(args.stock.is_empty(), "{why}");
+            steps.note(&format!("{why}, it is left out"));
+            steps.step();
+            continue;
+        }
+        steps.begin(&format!("{shape}: making candle's {stock}"));
+        let name = stock.to_string();
+        subjects.push(match stock {
+            Stock::None => continue,
+            Stock::Float(dtype) => Subject::new(name, true, dtype, rotate, || {
+                let weight = dense.to_dtype(dtype)?.copy()?;
+                Ok((Linear::new(weight, None), out * input * dtype.size_in_bytes()))
+            })?,
+            Stock::Blocks(format) => {
+                let dense = dense.to_dtype(DType::F32)?;
+                Subject::new(name, true, DType::F32, rotate, || {
+                    let blocks = QTensor::quantize(&dense, format)?;
+                    let bytes = blocks.storage_size_in_bytes();
+                    Ok((QMatMul::from_qtensor(blocks)?, bytes))
+                })?
+            }
+        });
+        steps.step();
+    }
+    Ok(subjects)
+}
+
+/// Random weights, the same in every run.
+fn values(weights: Weights, Shape { out, input }: Shape) -> Result<Vec<bf16>> {
+    let mut rng = SmallRng::seed_from_u64(1);
+    let normal = Normal::new(0.0f32, 0.02)?;
+    let tails = StudentT::new(5.0f32)?;
+    let count = out.checked_mul(input).context("the shape is too large")?;
+    Ok(match weights {
+        Weights::Gaussian => (0..count).map(|_| bf16::from_f32(normal.sample(&mut rng))).collect(),
+        // 0.0155 makes them as large as the Gaussian ones.
+        Weights::StudentT => (0..count).map(|_| bf16::from_f32(0.0155 * tails.sample(&mut rng))).collect(),
+        Weights::Scaled => {
+            // Scales as those of Llama's projections.
+            let mut scales = |sigma: f32, n: usize| -> Result<Vec<f32>> {
+                let normal = Normal::new(0.0, sigma)?;
+                Ok((0..n).map(|_| normal.sample(&mut rng).exp()).collect())
+            };
+            let (by_row, by_col) = (scales(0.38, out)?, scales(0.25, input)?);
+            let places = by_row.iter().flat_map(|row| by_col.iter().map(move |col| row * col));
+            places.map(|scale| bf16::from_f32(scale * normal.sample(&mut rng))).collect()
+        }
+    })
+}

@@ -1,0 +1,44 @@
+//! `taper bench`: how fast our layers and models are beside candle's own, in one run.
+//!
+//! Everything is timed in turns, so that whatever else the machine does meets all alike; tables show medians, the distance
+//! between the quartiles, and medians of the ratios of each turn.
+
+mod args;
+mod layers;
+mod load;
+mod machine;
+mod models;
+mod progress;
+mod report;
+mod timing;
+
+pub use args::BenchArgs;
+
+use std::io::Write;
+
+use candle_core::Device;
+
+use machine::Machine;
+use progress::Steps;
+use report::Report;
+
+/// Runs the command.
+pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
+    let device = Device::Cpu;
+    if let Some(code) = &args.probe {
+        writeln!(std::io::stdout(), "{}", models::run_probe(args, code, &device)?)?;
+        return Ok(());
+    }
+    let steps = Steps::new(quiet);
+    let machine = Machine::here(args.activations().as_str())?;
+    let (loads, groups) = if args.model.is_empty() {
+        (Vec::new(), layers::run(args, &device, &steps)?)
+    } else {
+        models::run(args, &device, &steps)?
+    };
+    steps.finish();
+    let report = Report { machine, loads, groups };
+    let text = if args.json { report.json()? } else { report.table() };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
+}
