@@ -54,20 +54,10 @@ __device__ __forceinline__ void split(float v, int n, uint32_t (&parts)[3]) {
   parts[0] = __float_as_uint(a), parts[1] = __float_as_uint(b), parts[2] = __float_as_uint(c);
 }
 
-// Fills `batch * parts` columns of `width` bf16 values (a multiple of 128) at `dst`, `stride` bytes apart, from columns first.. of x;
-// those at and past `cols` become zero. Called by THREADS threads; the caller waits (async_wait, then a barrier).
+// The general way: any type, any alignment, columns past the end. Rarely on the critical path, so it stays out of line.
 template <int THREADS>
-__device__ __forceinline__ void load_activations(uint32_t dst, int stride, const void* x, int type, int x_stride, int batch, int cols, int first, int width, int tid) {
+__device__ __noinline__ void split_activations(uint32_t dst, int stride, const void* x, int type, int x_stride, int batch, int cols, int first, int width, int tid, bool aligned) {
   const int parts = type + 1, size = type == F32 ? 4 : 2, chunks = width / 8, total = batch * chunks;
-  const bool aligned = (((size_t)x | (size_t)((long long)x_stride * size)) & 15) == 0;
-  if (type == BF16 && aligned && first + width <= cols) {
-    int row = 0, chunk = tid;
-    for (int i = tid; i < total; i += THREADS, chunk += THREADS) {
-      while (chunk >= chunks) chunk -= chunks, row++;
-      async_copy16(dst + row * stride + chunk * 16, (const uint16_t*)x + (size_t)row * x_stride + first + chunk * 8);
-    }
-    return;
-  }
   constexpr int DEEP = 4;  // loads in flight per thread
   for (int base = tid; base < total; base += DEEP * THREADS) {
     uint4 raw[DEEP][2];
@@ -114,6 +104,23 @@ __device__ __forceinline__ void load_activations(uint32_t dst, int stride, const
         if (s < parts) sts128(dst + (row * parts + s) * stride + chunk * 16, make_uint4(out[s][0], out[s][1], out[s][2], out[s][3]));
     }
   }
+}
+
+// Fills `batch * parts` columns of `width` bf16 values (a multiple of 128) at `dst`, `stride` bytes apart, from columns first.. of x;
+// those at and past `cols` become zero. Called by THREADS threads; the caller waits (async_wait, then a barrier).
+template <int THREADS>
+__device__ __forceinline__ void load_activations(uint32_t dst, int stride, const void* x, int type, int x_stride, int batch, int cols, int first, int width, int tid) {
+  const int size = type == F32 ? 4 : 2, chunks = width / 8, total = batch * chunks;
+  const bool aligned = (((size_t)x | (size_t)((long long)x_stride * size)) & 15) == 0;
+  if (type == BF16 && aligned && first + width <= cols) {
+    int row = 0, chunk = tid;
+    for (int i = tid; i < total; i += THREADS, chunk += THREADS) {
+      while (chunk >= chunks) chunk -= chunks, row++;
+      async_copy16(dst + row * stride + chunk * 16, (const uint16_t*)x + (size_t)row * x_stride + first + chunk * 8);
+    }
+    return;
+  }
+  split_activations<THREADS>(dst, stride, x, type, x_stride, batch, cols, first, width, tid, aligned);
 }
 
 }  // namespace taper

@@ -34,11 +34,11 @@ struct Product {
   int x_type, y_type;      // Type
   int groups, slabs;
   int slots, in_flight;    // stages in the ring, stages on their way at most
-  int pad;
+  int keep;                // tiles whose sums wait in shared memory to be added together
 };
 
 constexpr int CONSUMERS = 8, CONSUMER_THREADS = 32 * CONSUMERS, BLOCK = CONSUMER_THREADS + 32;
-constexpr int MAX_SLOTS = 4, BARRIER_BYTES = 128, PARTS_BYTES = 16384;
+constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
 
 // On compute capability 8 each warp keeps its own copy of the trailer.
 template <class L> __host__ __device__ constexpr int slot_bytes() { return ceil_div(L::UNITS * L::UNIT_BYTES + CONSUMERS * L::TRAILER, 128) * 128; }
@@ -46,8 +46,10 @@ __host__ __device__ constexpr int activation_stride(int width) { return width * 
 template <class L> __host__ __device__ constexpr int slab_width(int cols, int slabs) {
   return ceil_div(ceil_div(ceil_div(cols, UNIT_COLS), L::UNITS), slabs) * L::UNITS * UNIT_COLS;
 }
+__host__ __device__ constexpr int tiles_kept(int columns) { return columns <= 4 ? 8 : 32 / columns; }
+__host__ __device__ constexpr int sums_bytes(int keep, int columns) { return keep * columns * CONSUMERS * TILE_ROWS * 4; }
 template <class L> __host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots) {
-  return slots * slot_bytes<L>() + BARRIER_BYTES + PARTS_BYTES + columns * activation_stride(slab_width<L>(cols, slabs));
+  return slots * slot_bytes<L>() + BARRIER_BYTES + sums_bytes(tiles_kept(columns), columns) + columns * activation_stride(slab_width<L>(cols, slabs));
 }
 
 // What one block works on.
@@ -200,12 +202,52 @@ __device__ __forceinline__ void hand_on(const Product& p, int padded_rows, int s
   else p.partial[((size_t)slab * p.batch + m) * padded_rows + row] = v;
 }
 
+// Adds `terms` planes of partial sums, in their order, for `tiles` tiles from tile0, and finishes the outputs. plane(term, tile, m) is where
+// the term's rows for m start, null where the tile has no such term. Loads go out eight at a time: each takes 600 cycles.
+template <int THREADS, class Plane> __device__ __forceinline__ void add_planes(const Product& p, int tile0, int tiles, int terms, int tid, Plane plane) {
+  const int quads = TILE_ROWS / 4;
+  for (int i = tid; i < tiles * p.batch * quads; i += THREADS) {
+    const int k = i / (p.batch * quads), in = i - k * p.batch * quads, m = in / quads, row = (tile0 + k) * TILE_ROWS + in % quads * 4;
+    float sum[4] = {0, 0, 0, 0};
+    for (int first = 0; first < terms; first += 8) {
+      float4 v[8];
+#pragma unroll
+      for (int d = 0; d < 8; d++) {
+        const float* from = first + d < terms ? plane(first + d, k, m) : nullptr;
+        v[d] = from ? __ldcg((const float4*)(from + row)) : make_float4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int d = 0; d < 8; d++) sum[0] += v[d].x, sum[1] += v[d].y, sum[2] += v[d].z, sum[3] += v[d].w;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) finish(p, row + e, m, sum[e]);
+  }
+}
+
+// The last block of a group adds the slabs, in their order. `scratch` is any word of shared memory.
+__device__ __forceinline__ void add_slabs(const Product& p, int group, int tile0, int tiles, int padded_rows, uint32_t scratch, int tid) {
+  if (p.slabs == 1) return;
+
+  __threadfence();
+  bar_sync<1, CONSUMER_THREADS>();
+  if (tid == 0) {
+    const uint32_t before = atomicAdd(p.arrived + group, 1);
+    if (before == (uint32_t)p.slabs - 1) p.arrived[group] = 0;
+    sts32(scratch, before);
+  }
+  bar_sync<1, CONSUMER_THREADS>();
+  if (lds32(scratch) != (uint32_t)p.slabs - 1) return;
+  __threadfence();
+  add_planes<CONSUMER_THREADS>(p, tile0, tiles, p.slabs, tid, [&](int slab, int, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
+}
+
 template <class L, int NB> __device__ __forceinline__ void narrow_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Part<L> part(p);
-  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(), sums = bars + BARRIER_BYTES, xs = sums + PARTS_BYTES;
-  const int columns = p.batch * (p.x_type + 1), stride = activation_stride(slab_width<L>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
+  const int columns = p.batch * (p.x_type + 1);
+  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(), sums = bars + BARRIER_BYTES, xs = sums + sums_bytes(p.keep, columns);
+  const int stride = activation_stride(slab_width<L>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
   Ring<L> ring(p, ring_at, bars);
   ring.init(tid - CONSUMER_THREADS);
   __syncthreads();
@@ -229,7 +271,6 @@ template <class L, int NB> __device__ __forceinline__ void narrow_product(const 
   uint32_t x_row[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
-  const int keep = PARTS_BYTES / (4 * CONSUMERS * TILE_ROWS) / columns;  // tiles between two reductions
   float c0[NB][4], c1[NB][4];
 #pragma unroll
   for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
@@ -264,7 +305,7 @@ template <class L, int NB> __device__ __forceinline__ void narrow_product(const 
         if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
         c0[nb][i] = c1[nb][i] = 0;
       }
-    if (++kept < keep && tile + 1 < part.tiles) continue;
+    if (++kept < p.keep && tile + 1 < part.tiles) continue;
     bar_sync<1, CONSUMER_THREADS>();
     const int parts = p.x_type + 1, first = part.tile0 + tile + 1 - kept;
     for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
@@ -278,26 +319,7 @@ template <class L, int NB> __device__ __forceinline__ void narrow_product(const 
     kept = 0;
     if (tile + 1 < part.tiles) bar_sync<1, CONSUMER_THREADS>();
   }
-  if (p.slabs == 1) return;
-
-  // The last block of the group adds the slabs, in their order.
-  __threadfence();
-  bar_sync<1, CONSUMER_THREADS>();
-  if (tid == 0) {
-    const uint32_t before = atomicAdd(p.arrived + part.group, 1);
-    if (before == (uint32_t)p.slabs - 1) p.arrived[part.group] = 0;
-    sts32(sums, before);
-  }
-  bar_sync<1, CONSUMER_THREADS>();
-  if (lds32(sums) != (uint32_t)p.slabs - 1) return;
-  __threadfence();
-  const int height = part.tiles * TILE_ROWS;
-  for (int i = tid; i < height * p.batch; i += CONSUMER_THREADS) {
-    const int m = i / height, row = part.tile0 * TILE_ROWS + i - m * height;
-    float sum = 0;
-    for (int s = 0; s < p.slabs; s++) sum += __ldcg(p.partial + ((size_t)s * p.batch + m) * padded_rows + row);
-    finish(p, row, m, sum);
-  }
+  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
 }
 
 }  // namespace taper

@@ -1,183 +1,158 @@
 // y = x W^T for 17 to 64 columns of activations.
 //
-// With so many columns the sums of a tile are too many to be added across warps for every tile, and the activations are what fills shared
-// memory. So each warp works alone: it takes a run of whole units (of its block's tiles, within the block's slab of columns), keeps a
-// private ring of three units, and leaves its sums in `partial` when it comes to another tile. At most two warps share a tile; the second
-// leaves its sums in a plane of its own. When all slabs of a group have arrived, its blocks share out the tiles and add the planes
-// in one order.
+// A block has one stage of columns (at most 1024: `slabs` = stages) and a run of tiles. So warp w meets the same 128 columns in every tile and
+// keeps its activations in registers, as B fragments: 8 NB words a lane (64 for 32 columns, 128 for 64). What costs is the sum over the
+// warps of each tile, through shared memory, in two buffers so that one barrier a tile is enough. The slabs' sums meet in `partial`; when all
+// blocks of a group have arrived, they share out its tiles and add the planes in one order.
 //
-// Budget   per unit and 8 columns: 8 products and 2 KB of activations from shared memory: at 64 columns 128 cycles a unit of
-//          shared memory's time, against 235 in which dense bf16 weights would arrive.
+// Budget   per unit at 64 columns: 176 instructions to decode, 64 products, 100 to store and add sums; 115 cycles of shared memory's time
+//          (24 each for the weights' way in and out, 64 for sums), against 203 in which 12-bit weights arrive at 3 TB/s.
 //
-// Launch   grid groups * slabs (never more blocks than SMs: blocks of a group wait for each other)     block 256
-//          dynamic shared memory wide_shared_bytes(..)    partial: 2 * slabs * batch * parts * tiles * 16 floats
-//          arrived: 2 * groups zeroed words, zero again at the end.     slots 3, in_flight is not used.
+// Launch   grid groups * slabs, slabs = stages (more than the SMs: not possible, blocks of a group wait for each other), groups =
+//          min(tiles, SMs / slabs); block 256 (a ninth warp would leave each thread 168 registers); dynamic shared memory
+//          wide_shared_bytes(..); slots 3 to 8, in_flight is not used.
+//          partial: slabs * batch * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end (neither if slabs = 1).
 #pragma once
 #include "product.cuh"
 
 namespace taper {
 
-constexpr int WIDE_BLOCK = 256, WIDE_WARPS = 8, WIDE_SLOTS = 3;
-template <class L> __host__ __device__ constexpr int wide_slot_bytes() { return L::UNIT_BYTES + L::TRAILER; }
-template <class L> __host__ __device__ constexpr int wide_shared_bytes(int cols, int slabs, int columns) {
-  return WIDE_WARPS * WIDE_SLOTS * (wide_slot_bytes<L>() + 8) + 64 + columns * activation_stride(slab_width<L>(cols, slabs));
+constexpr int WIDE_BLOCK = CONSUMER_THREADS, SUM_STRIDE = 20;  // floats between columns: what a warp stores at once falls into 32 banks
+__host__ __device__ constexpr int wide_sums_bytes(int columns) { return CONSUMERS * columns * SUM_STRIDE * 4; }
+template <class L> __host__ __device__ constexpr int wide_shared_bytes(int columns, int slots) {
+  return slots * slot_bytes<L>() + BARRIER_BYTES + 2 * wide_sums_bytes(columns);
 }
 
-// The runs of units that the warps of a block take.
-struct Runs {
-  int units, active;  // units of a tile within the slab; warps with work
-  long long total;
-  __device__ Runs(int tiles, int units_) : units(units_), active(min(WIDE_WARPS, tiles)), total((long long)tiles * units_) {}
-  __device__ int first(int warp) const { return warp >= active ? (int)total : (int)(total * warp / active); }
-  __device__ bool shared(int tile) const {  // do two warps share it?
-    for (int w = 1; w < active; w++)
-      if (first(w) / units == tile && first(w) % units != 0) return true;
-    return false;
-  }
-};
-
-template <class L> struct PrivateRing {
-  uint32_t base, bars, slot = 0, phase = 0, fill = 0;
-  const uint8_t* tile_at;  // of the next unit to copy
-  int stage, unit;
-  const int stage0, stages;
-  const Shape<L> shape;
-  __device__ PrivateRing(uint32_t memory, const Product& p, const Part<L>& part, const Runs& runs, int warp, int lane)
-      : base(memory + warp * WIDE_SLOTS * wide_slot_bytes<L>()), bars(memory + WIDE_WARPS * WIDE_SLOTS * wide_slot_bytes<L>() + warp * WIDE_SLOTS * 8),
-        stage0(part.stage0), stages(part.stages), shape(part.shape) {
-    const int first = runs.first(warp), tile = first / runs.units, u = first - tile * runs.units;
-    tile_at = p.weights + (part.tile0 + tile) * shape.tile_bytes();
-    stage = u / L::UNITS, unit = u - stage * L::UNITS;
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-      for (int s = 0; s < WIDE_SLOTS; s++) mbarrier_init(bars + 8 * s, 1);
+// The block's barrier after each tile also says that its slot is free, so there is no producer: thread 0 sends for the next stage.
+template <class L> struct WideRing {
+  uint32_t base, full, slot = 0, phase = 0, fill = 0;
+  int next = 0;  // tile to send for
+  __device__ WideRing(const Product& p, const Part<L>& part, uint32_t base_, uint32_t bars, int tid) : base(base_), full(bars) {
+    if (tid == 0) {
+      for (int s = 0; s < p.slots; s++) mbarrier_init(full + 8 * s, 1);
       mbarrier_init_fence();
+      for (int s = 0; s < p.slots; s++) send(p, part);
     }
-    __syncwarp();
-#endif
+    __syncthreads();
   }
-  __device__ void copy_next(bool more, int lane) {
-    if (more) {
-      const int units = shape.units_of(stage0 + stage);
-      const uint8_t* src = tile_at + (stage0 + stage) * Shape<L>::stage_bytes();
-      const uint32_t to = base + fill * wide_slot_bytes<L>();
-#if __CUDA_ARCH__ >= 900
-      if (lane == 0) {
-        const uint64_t policy = evict_first_policy();
-        mbarrier_expect(bars + 8 * fill, L::UNIT_BYTES + L::TRAILER);
-        bulk_copy(to, src + unit * L::UNIT_BYTES, L::UNIT_BYTES, bars + 8 * fill, policy);
-        bulk_copy(to + L::UNIT_BYTES, src + units * L::UNIT_BYTES, L::TRAILER, bars + 8 * fill, policy);
-      }
-#else
-      for (int i = lane; i < L::UNIT_BYTES / 16; i += 32) async_copy16(to + 16 * i, src + unit * L::UNIT_BYTES + 16 * i);
-      for (int i = lane; i < L::TRAILER / 16; i += 32) async_copy16(to + L::UNIT_BYTES + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
-#endif
-      if (++unit == units) {
-        unit = 0;
-        if (++stage == stages) stage = 0, tile_at += shape.tile_bytes();
-      }
-      fill = fill == WIDE_SLOTS - 1 ? 0 : fill + 1;
-    }
-#if __CUDA_ARCH__ < 900
-    async_commit();
-#endif
+  __device__ void send(const Product& p, const Part<L>& part) {
+    if (next == part.tiles) return;
+    const uint8_t* src = p.weights + (part.tile0 + next++) * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes();
+    const uint32_t bytes = part.shape.units_of(part.stage0) * L::UNIT_BYTES + L::TRAILER;
+    mbarrier_expect(full + 8 * fill, bytes);
+    bulk_copy(base + fill * slot_bytes<L>(), src, bytes, full + 8 * fill, evict_first_policy());
+    fill = (int)fill == p.slots - 1 ? 0 : fill + 1;
   }
-  __device__ void wait() {
-#if __CUDA_ARCH__ >= 900
-    mbarrier_wait(bars + 8 * slot, phase);
-#else
-    async_wait<WIDE_SLOTS - 1>();
-    __syncwarp();
-#endif
+  __device__ void start(const Product&, const Part<L>&, int, int) {}
+  __device__ void wait() { mbarrier_wait(full + 8 * slot, phase); }
+  __device__ void done(const Product& p, const Part<L>& part, int warp, int lane) {
+    if (warp == 0 && lane == 0) send(p, part);
+    if ((int)++slot == p.slots) slot = 0, phase ^= 1;
   }
-  __device__ void next() {
-    if (++slot == WIDE_SLOTS) slot = 0, phase ^= 1;
-  }
+  __device__ uint32_t unit(int u) const { return base + slot * slot_bytes<L>() + u * L::UNIT_BYTES; }
+  __device__ uint32_t trailer(int, int units) const { return unit(units); }
 };
+#else
+template <class L> struct WideRing : Ring<L> {
+  __device__ WideRing(const Product& p, const Part<L>&, uint32_t base, uint32_t bars, int) : Ring<L>(p, base, bars) {}
+  __device__ uint32_t unit(int u) const { return Ring<L>::unit(0, u); }
+};
+#endif
+
+// The B fragments of this warp's unit: b[j][nb] is vector j of column 8 nb + g. Columns past the last repeat it.
+template <int NB>
+__device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product& p, int first, int width, int columns, uint32_t staging, int tid) {
+  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, k = first + warp * UNIT_COLS + t * 8;
+  if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
+    if (warp * UNIT_COLS < width) {
+#pragma unroll
+      for (int nb = 0; nb < NB; nb++) {
+        const uint4* from = (const uint4*)((const uint16_t*)p.x + (size_t)min(8 * nb + g, columns - 1) * p.x_stride + k);
+#pragma unroll
+        for (int j = 0; j < 4; j++) b[j][nb] = from[4 * j];
+      }
+    }
+    return;
+  }
+  // Other types and what is not aligned: through shared memory, two warps' columns at a time.
+  constexpr int STEP = 2 * UNIT_COLS, STRIDE = activation_stride(STEP);
+  for (int at = 0; at < width; at += STEP) {
+    load_activations<CONSUMER_THREADS>(staging, STRIDE, p.x, p.x_type, p.x_stride, p.batch, p.cols, first + at, min(STEP, width - at), tid);
+    async_commit();
+    async_wait<0>();
+    bar_sync<1, CONSUMER_THREADS>();
+    if (warp / 2 == at / STEP) {
+#pragma unroll
+      for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) b[j][nb] = lds128(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 + t * 16);
+    }
+    bar_sync<1, CONSUMER_THREADS>();
+  }
+}
 
 template <class L, int NB> __device__ __forceinline__ void wide_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Part<L> part(p);
-  const int parts = p.x_type + 1, columns = p.batch * parts, stride = activation_stride(slab_width<L>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
-  const uint32_t at = shared_address(memory), xs = at + WIDE_WARPS * WIDE_SLOTS * (wide_slot_bytes<L>() + 8) + 64;
-  const Runs runs(part.tiles, part.width() / UNIT_COLS);
-  PrivateRing<L> ring(at, p, part, runs, warp, lane);
-  int item = runs.first(warp), left = runs.first(warp + 1) - item;
-#if __CUDA_ARCH__ >= 900
-  for (int i = 0; i < WIDE_SLOTS; i++) ring.copy_next(i < left, lane);  // weights do not depend on the previous kernel
-#endif
+  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS, units = part.shape.units_of(part.stage0);
+  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>();
+  uint32_t sums = bars + BARRIER_BYTES, other_sums = sums + wide_sums_bytes(columns);
+  WideRing<L> ring(p, part, ring_at, bars, tid);
   let_next_kernel_start();
   wait_for_previous_kernel();
-  load_activations<WIDE_BLOCK>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(), tid);
-  async_commit();
-  async_wait<0>();
-#if __CUDA_ARCH__ < 900
-  for (int i = 0; i < WIDE_SLOTS; i++) ring.copy_next(i < left, lane);
-#endif
-  __syncthreads();
-
-  uint32_t x_row[NB];
-#pragma unroll
-  for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
-  float c[NB][4];
-#pragma unroll
-  for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] = 0;
-  const size_t plane = (size_t)columns * padded_rows;
-  int tile = item / runs.units, u = item - tile * runs.units;
-  bool second = u != 0;  // another warp has the tile's first units
-  for (; left > 0; left--) {
-    const uint32_t slot = ring.base + ring.slot * wide_slot_bytes<L>();
+  uint4 b[4][NB];
+  load_fragments<NB>(b, p, part.first_col(), part.width(), columns, sums, tid);
+  ring.start(p, part, warp, lane);
+  for (int tile = 0; tile < part.tiles; tile++) {
     ring.wait();
-    multiply_unit<L, NB>(slot, slot + L::UNIT_BYTES, u % L::UNITS, lane, p.overflow, c, [&](int j, int nb) { return lds128(x_row[nb] + u * UNIT_COLS * 2 + j * 64); });
-    __syncwarp();
-    ring.copy_next(left > WIDE_SLOTS, lane);
-    ring.next();
-    if (++u < runs.units && left > 1) continue;
-    float* to = p.partial + (2 * part.slab + second) * plane + (size_t)(part.tile0 + tile) * TILE_ROWS + g;
+    if (warp < units) {
+      float c[NB][4] = {};
+      multiply_unit<L, NB>(ring.unit(warp), ring.trailer(warp, units), warp, lane, p.overflow, c, [&](int j, int nb) { return b[j][nb]; });
+      const uint32_t mine = sums + (warp * columns * SUM_STRIDE + g) * 4;  // sums[warp][column][row]
 #pragma unroll
-    for (int nb = 0; nb < NB; nb++)
+      for (int nb = 0; nb < NB; nb++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int column = 8 * nb + 2 * t + (i & 1);
-        if (column < columns) to[(size_t)column * padded_rows + 8 * (i >> 1)] = c[nb][i];
-        c[nb][i] = 0;
-      }
-    u = 0, tile++, second = false;
+        for (int i = 0; i < 4; i++) {
+          const int column = 8 * nb + 2 * t + (i & 1);
+          if (column < columns) sts_float(mine + (column * SUM_STRIDE + 8 * (i >> 1)) * 4, c[nb][i]);
+        }
+    }
+    bar_sync<1, CONSUMER_THREADS>();
+    ring.done(p, part, warp, lane);
+    for (int i = tid; i < p.batch * 4; i += CONSUMER_THREADS) {  // four rows of one row of activations
+      const int m = i >> 2, row = (part.tile0 + tile) * TILE_ROWS + (i & 3) * 4;
+      float sum[4] = {0, 0, 0, 0};
+      for (int q = 0; q < parts; q++)
+#pragma unroll
+        for (int w = 0; w < CONSUMERS; w++) {
+          if (w >= units) break;
+          const uint4 v = lds128(sums + ((w * columns + m * parts + q) * SUM_STRIDE + (i & 3) * 4) * 4);
+          sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y), sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
+        }
+      if (p.slabs > 1) *(float4*)(p.partial + ((size_t)part.slab * p.batch + m) * padded_rows + row) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      else
+#pragma unroll
+        for (int e = 0; e < 4; e++) finish(p, row + e, m, sum[e]);
+    }
+    const uint32_t swap = sums;
+    sums = other_sums, other_sums = swap;
   }
+  if (p.slabs == 1) return;
 
   // All slabs of the group meet, then each block adds up its share of the tiles.
   __threadfence();
-  __syncthreads();
-  if (p.slabs > 1) {
-    if (tid == 0) {
-      atomicAdd(p.arrived + part.group, 1u);
-      while (*(volatile uint32_t*)(p.arrived + part.group) < (uint32_t)p.slabs) __nanosleep(20);
-      __threadfence();
-      if (atomicAdd(p.arrived + p.groups + part.group, 1u) == (uint32_t)p.slabs - 1) p.arrived[part.group] = p.arrived[p.groups + part.group] = 0;
-    }
-    __syncthreads();
+  bar_sync<1, CONSUMER_THREADS>();
+  if (tid == 0) {
+    atomicAdd(p.arrived + part.group, 1u);
+    while (*(volatile uint32_t*)(p.arrived + part.group) < (uint32_t)p.slabs) __nanosleep(20);
+    __threadfence();
+    if (atomicAdd(p.arrived + p.groups + part.group, 1u) == (uint32_t)p.slabs - 1) p.arrived[part.group] = p.arrived[p.groups + part.group] = 0;
   }
-  const int tile_first = part.tiles * part.slab / p.slabs, tile_last = part.tiles * (part.slab + 1) / p.slabs;
-  // Which tiles have a second plane; the rings are idle now, so their memory holds the answers.
-  for (int i = tid; i < (tile_last - tile_first) * p.slabs; i += WIDE_BLOCK) {
-    const int s = i % p.slabs, from = part.shape.stages * s / p.slabs, to = part.shape.stages * (s + 1) / p.slabs;
-    const int units = min(to * L::UNITS, part.shape.units) - from * L::UNITS;
-    memory[i] = Runs(part.tiles, units).shared(tile_first + i / p.slabs);
-  }
-  __syncthreads();
-  for (int i = tid; i < (tile_last - tile_first) * p.batch * TILE_ROWS; i += WIDE_BLOCK) {
-    const int k = i / (p.batch * TILE_ROWS), in = i - k * p.batch * TILE_ROWS, m = in / TILE_ROWS;
-    const int row = (part.tile0 + tile_first + k) * TILE_ROWS + in % TILE_ROWS;
-    float sum = 0;
-    for (int s = 0; s < p.slabs; s++)
-      for (int q = 0; q < parts; q++) {
-        const float* from = p.partial + 2 * s * plane + (size_t)(m * parts + q) * padded_rows + row;
-        sum += __ldcg(from);
-        if (memory[k * p.slabs + s]) sum += __ldcg(from + plane);
-      }
-    finish(p, row, m, sum);
-  }
+  bar_sync<1, CONSUMER_THREADS>();
+  const int from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
+  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs, tid, [&](int slab, int, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
 }
 
 }  // namespace taper

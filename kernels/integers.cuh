@@ -1,0 +1,177 @@
+// Layouts `int8`, `int5`, `int4`: matrices of small integers times scales, as INT8 and rate-coded tensors are.
+//
+//   unit   int8  2048 bytes: byte 512 j + 16 lane + 2 kk + h, sign and magnitude (-127..127)
+//          int5  1024 bytes of low halves, then 256 bytes of high bits (-16..15);  int4  1024 bytes (-8..7). The integer plus 16 or 8:
+//                low halves as the codes of `fixed`; high bit of register p of vector j: bits 8 (j%2) + p and
+//                16 more of the word at 1024 + 8 lane + 4 (j/2)
+//   stage  8 units, trailer of 128 bytes: EXTRA is a scale (f32) for each unit, then 8 bytes unused
+//
+// An integer of at most 8 bits is exact in bf16. Placed in the mantissa of 128 it is 128 + n, and one packed addition takes the 128 away. Integers
+// out of range, and values that are none (escapes of rate-coded tensors, divided by their scale), are repairs, as bf16.
+//
+// Budget per pair: int8 PRMT, 2 LOP3, HFMA2: 2.0 a weight; int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.
+#pragma once
+#include "dense.cuh"
+
+namespace taper {
+
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80u), "r"(b));
+  return d;
+}
+// The integer that a bf16 holds, if it is one of [lo, hi].
+__device__ __forceinline__ bool small_integer(uint32_t bf16, int lo, int hi, int& n) {
+  const float v = __uint_as_float(bf16 << 16);
+  if (!(v >= lo && v <= hi) || bf16 == 0x8000) return false;
+  n = (int)v;
+  return (float)n == v;
+}
+
+struct Integers {
+  static constexpr int UNITS = 8, EXTRA = 40, TRAILER = 8 + EXTRA + 4 * ENTRIES;
+  static constexpr bool SCALED = true;
+  __device__ __forceinline__ static float unit_scale(uint32_t trailer, int u) { return lds_float(trailer + 8 + 4 * u); }
+};
+
+struct Int8 : Integers {
+  static constexpr int UNIT_BYTES = 2048, LOWEST = -127, HIGHEST = 127;
+  struct Unit {
+    uint4 bytes[4];
+    __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) bytes[j] = lds128(at + 512 * j + lane * 16);
+    }
+    __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
+      const uint32_t s[4] = {bytes[j].x, bytes[j].y, bytes[j].z, bytes[j].w};
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        const uint32_t twice = __byte_perm(s[p / 2], 0, p & 1 ? 0x3311 : 0x2200);
+        a[p] = add_bf16x2((twice & 0x807F807Fu) | 0x43004300u, (twice & 0x80008000u) ^ 0xC300C300u);
+      }
+    }
+  };
+  // One lane's integers of the unit: n[j][8 h + kk].
+  __device__ __forceinline__ static void store(uint8_t* unit, int lane, const int (&n)[4][16]) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const int h = i >> 3, kk = i & 7, v = n[j][i];
+        w[kk / 2] |= (uint32_t)(v < 0 ? 0x80 | -v : v) << 8 * (2 * (kk & 1) + h);
+      }
+      ((uint4*)unit)[32 * j + lane] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+};
+
+template <int BITS> struct IntN : Integers {
+  static_assert(BITS == 4 || BITS == 5, "");
+  static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1;
+  struct Unit {
+    uint4 low[2];
+    uint2 high;
+    __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
+      low[0] = lds128(at + lane * 16), low[1] = lds128(at + 512 + lane * 16);
+      if (BITS == 5) high = lds64(at + 1024 + lane * 8);
+    }
+    __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
+      const uint4 c = low[j / 2];
+      const uint32_t bits = j < 2 ? high.x : high.y;
+#pragma unroll
+      for (int p = 0; p < 8; p++) {
+        const uint32_t word = j % 2 == 0 ? (p < 4 ? c.x : c.y) : (p < 4 ? c.z : c.w);
+        uint32_t n = (word >> 4 * (p & 3) & 0x000F000Fu) | 0x43004300u;
+        const int at = 8 * (j & 1) + p;
+        if (BITS == 5) n |= (at < 4 ? bits << (4 - at) : bits >> (at - 4)) & 0x00100010u;
+        a[p] = add_bf16x2(n, BITS == 5 ? 0xC310C310u : 0xC308C308u);
+      }
+    }
+  };
+  __device__ __forceinline__ static void store(uint8_t* unit, int lane, const int (&n)[4][16]) {
+    uint32_t low[8] = {}, high[2] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const int h = i >> 3, kk = i & 7, p = 2 * (kk / 2) + h, half = 16 * (kk & 1);
+        const uint32_t v = n[j][i] - LOWEST;
+        low[2 * j + p / 4] |= (v & 15) << (4 * (p & 3) + half);
+        high[j / 2] |= (v >> 4) << (8 * (j & 1) + p + half);
+      }
+    ((uint4*)unit)[lane] = make_uint4(low[0], low[1], low[2], low[3]);
+    ((uint4*)unit)[32 + lane] = make_uint4(low[4], low[5], low[6], low[7]);
+    if (BITS == 5) ((uint2*)(unit + 1024))[lane] = make_uint2(high[0], high[1]);
+  }
+};
+
+// Pass 1: {repairs, 0, 0, 0} for each stage.
+template <class L> __device__ __forceinline__ void plan_integers(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
+  __shared__ uint32_t repairs[8];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Shape<L> shape(rows, cols);
+  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages;
+  uint32_t mine = 0;
+  if (warp < shape.units_of(stage)) {
+    const Dense unit(dense, rows, cols, stride, tile, stage * L::UNITS + warp, lane);
+    for (int j = 0; j < 4; j++) {
+      const Dense::Vector v = unit.load(j);
+      int n;
+      for (int i = 0; i < 16; i++) mine += v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n);
+    }
+  }
+  mine = __reduce_add_sync(~0u, mine);
+  if (lane == 0) repairs[warp] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t total = 0;
+    for (int u = 0; u < 8; u++) total += repairs[u];
+    plan[blockIdx.x] = make_uint4(total, 0, 0, 0);
+  }
+}
+
+// Pass 3. `scales`: one f32 for each 256 x 256 tile of the matrix, `scale_stride` to a row of them, or null for ones; row0: the
+// matrix's row of the block's first.
+template <class L>
+__device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, int cols, int stride, const float* scales, int scale_stride, int row0, const uint4* plan,
+                                              uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
+  __shared__ uint32_t found[8];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Shape<L> shape(rows, cols);
+  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage), column_unit = stage * L::UNITS + warp;
+  const uint4 head = plan[blockIdx.x];
+  uint8_t *out = weights + tile * shape.tile_bytes() + stage * Shape<L>::stage_bytes(), *trailer = out + units * L::UNIT_BYTES;
+  const Dense unit(dense, rows, cols, stride, tile, column_unit, lane);
+  uint32_t mine = 0;
+  if (warp < units) {
+    int n[4][16];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const Dense::Vector v = unit.load(j);
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        n[j][i] = 0;
+        if (v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n[j][i])) n[j][i] = 0, mine++;
+      }
+    }
+    L::store(out + warp * L::UNIT_BYTES, lane, n);
+  }
+  if (lane == 0) {
+    ((float*)(trailer + 8))[warp] = scales && warp < units ? scales[(size_t)((row0 + tile * TILE_ROWS) / 256) * scale_stride + column_unit / 2] : 1.0f;
+    if (warp == 0) *(uint2*)(trailer + 40) = make_uint2(0, 0);
+  }
+  const RepairList list(trailer, make_uint2(head.x, head.y), overflow, capacity, L::EXTRA);
+  uint32_t at = list.place(mine, found, warp, lane);
+  if (mine == 0) return;
+  for (int j = 0; j < 4; j++) {
+    const Dense::Vector v = unit.load(j);
+    for (int i = 0; i < 16; i++) {
+      const int h = i >> 3, kk = i & 7;
+      int n;
+      if (v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n)) list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
+    }
+  }
+}
+
+}  // namespace taper
