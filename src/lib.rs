@@ -45,7 +45,8 @@
 //! | `ops`, `nn` | with feature `candle`: products with compressed weights as candle operations, and layers of them |
 //! | [`convert`] | whole checkpoints: compress, decompress, verify |
 //! | [`inspect`] | where the bits went |
-//! | [`models`] | a Llama for candle, generic over where its layers come from (feature `candle`) |
+//! | [`models`] | a Llama for candle, generic over where its layers come from; weights for other candle models (feature `candle`) |
+//! | [`text`] | tokenizer, chat templates, sampling and the loop around a model (feature `candle`) |
 //!
 //! Every error is an [`Error`]; no input, however damaged, makes this crate panic or read out of bounds.
 #![deny(missing_docs)]
@@ -68,6 +69,8 @@ pub mod models;
 pub mod nn;
 #[cfg(feature = "candle")]
 pub mod ops;
+#[cfg(feature = "candle")]
+pub mod text;
 
 pub use checkpoint::Checkpoint;
 pub use codec::plan::Stage;

@@ -56,6 +56,11 @@ impl Cache {
         self.len = 0;
     }
 
+    /// Forgets the positions from `len` on, if there are any.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.len

@@ -1,5 +1,6 @@
 //! A Llama whose weights stay compressed while it runs.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,6 +8,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::weights::{dense_tensor, expect_shape};
 use super::{Llama, Weights};
+use crate::convert::{Progress, check_cancelled};
+use crate::matrix::Weight;
 use crate::nn::{CompressedEmbedding, CompressedLinear};
 use crate::{Checkpoint, Options, Result};
 
@@ -15,17 +18,43 @@ pub type CompressedLlama = Llama<CompressedLinear, CompressedEmbedding>;
 
 /// Layers that keep a checkpoint's compressed matrices in its memory map; what is not compressed there is compressed when
 /// it is asked for. On the CPU.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct CompressedWeights {
     checkpoint: Arc<Checkpoint>,
     dtype: DType,
     options: Options,
+    progress: Arc<dyn Progress + Send + Sync>,
 }
 
 impl CompressedWeights {
     /// The tensors of `checkpoint`, for activations of `dtype`; plain matrices are compressed as `options` say.
     pub fn new(checkpoint: Arc<Checkpoint>, dtype: DType, options: Options) -> CompressedWeights {
-        CompressedWeights { checkpoint, dtype, options }
+        CompressedWeights { checkpoint, dtype, options, progress: Arc::new(()) }
+    }
+
+    /// Reports each matrix that is compressed now.
+    pub fn with_progress(self, progress: Arc<dyn Progress + Send + Sync>) -> CompressedWeights {
+        CompressedWeights { progress, ..self }
+    }
+
+    /// A matrix of this shape.
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        expect_shape(&self.checkpoint, name, shape)?;
+        check_cancelled(&*self.progress)?;
+        let info = self.checkpoint.info(name)?;
+        if info.compressed {
+            return self.checkpoint.weight(name, &self.options);
+        }
+        self.progress.tensor(name);
+        let weight = self.checkpoint.weight(name, &self.options);
+        self.progress.advance(info.stored_bytes);
+        weight
+    }
+}
+
+impl fmt::Debug for CompressedWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompressedWeights").field("dtype", &self.dtype).field("options", &self.options).finish()
     }
 }
 
@@ -34,13 +63,11 @@ impl Weights for CompressedWeights {
     type Embedding = CompressedEmbedding;
 
     fn linear(&self, name: &str, out_dim: usize, in_dim: usize) -> Result<CompressedLinear> {
-        expect_shape(&self.checkpoint, name, &[out_dim, in_dim])?;
-        Ok(CompressedLinear::new(self.checkpoint.weight(name, &self.options)?, None))
+        Ok(CompressedLinear::new(self.weight(name, &[out_dim, in_dim])?, None))
     }
 
     fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Result<CompressedEmbedding> {
-        expect_shape(&self.checkpoint, name, &[vocab, dim])?;
-        Ok(CompressedEmbedding::new(self.checkpoint.weight(name, &self.options)?, self.dtype))
+        Ok(CompressedEmbedding::new(self.weight(name, &[vocab, dim])?, self.dtype))
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {

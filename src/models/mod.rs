@@ -8,6 +8,7 @@
 
 mod attention;
 pub mod cache;
+mod causal_lm;
 mod compressed;
 pub mod config;
 pub mod just_in_time;
@@ -17,6 +18,7 @@ pub mod weights;
 
 pub use cache::Cache;
 pub use candle_transformers::models::llama::{Config, Llama3RopeConfig, Llama3RopeType, LlamaConfig, LlamaEosToks};
+pub use causal_lm::CausalLm;
 pub use compressed::{CompressedLlama, CompressedWeights};
 pub use just_in_time::JustInTime;
 pub use llama::{DenseLlama, Llama};

@@ -26,6 +26,8 @@ pub struct Tiny {
     pub bf16: bool,
     /// A tensor that gets integers instead of floats.
     pub integers: Option<String>,
+    /// A tensor that gets a NaN.
+    pub nan: Option<String>,
 }
 
 impl Tiny {
@@ -55,7 +57,7 @@ impl Tiny {
         tensors.insert("model.embed_tokens.weight".into(), vec![VOCAB, 64]);
         tensors.insert("model.norm.weight".into(), vec![64]);
         tensors.insert("lm_head.weight".into(), vec![VOCAB, 64]);
-        let tiny = Tiny { dir: tempfile::tempdir().unwrap(), config, tensors, bf16: false, integers: None };
+        let tiny = Tiny { dir: tempfile::tempdir().unwrap(), config, tensors, bf16: false, integers: None, nan: None };
         tiny.write();
         tiny
     }
@@ -67,7 +69,12 @@ impl Tiny {
     /// Writes `config.json` and `model.safetensors`. The same tensors always get the same weights.
     pub fn write(&self) {
         std::fs::write(self.path().join("config.json"), self.config.to_string()).unwrap();
-        let bytes: Vec<Vec<u8>> = self.tensors.iter().enumerate().map(|(i, (_, s))| self.weights(i, s)).collect();
+        let mut bytes: Vec<Vec<u8>> = self.tensors.iter().enumerate().map(|(i, (_, s))| self.weights(i, s)).collect();
+        for (bytes, name) in bytes.iter_mut().zip(self.tensors.keys()) {
+            if self.nan.as_ref() == Some(name) {
+                bytes[..4].fill(0xff);
+            }
+        }
         let views = self.tensors.iter().zip(&bytes).map(|((name, shape), bytes)| {
             let floats = if self.bf16 { Dtype::BF16 } else { Dtype::F32 };
             if self.integers.as_ref() == Some(name) {

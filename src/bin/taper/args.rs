@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use candle_taper::convert::ConvertOptions;
+#[cfg(feature = "candle")]
+use candle_taper::text::SamplerOptions;
 use candle_taper::{Codec, Options, ScaleLayout, Stage};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use regex::Regex;
@@ -171,13 +173,38 @@ pub struct GenerateArgs {
     /// The model's directory, compressed or not [default: the example model, where it is installed]
     #[arg(long, visible_alias = "model", value_name = "DIR")]
     pub compressed: Option<PathBuf>,
+    /// A model on the Hugging Face hub, such as meta-llama/Llama-3.2-1B (builds with --features hub)
+    #[arg(long, value_name = "ID", conflicts_with = "compressed")]
+    pub model_id: Option<String>,
+    /// Branch, tag or commit of --model-id or --which [default: main]
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+    /// A model on the Hugging Face hub by its short name (builds with --features hub)
+    #[arg(long, value_enum, conflicts_with_all = ["compressed", "model_id"])]
+    pub which: Option<Which>,
+    /// How to compress a model that is not yet, in memory [default: lossless, or rate if --bits is given]
+    #[arg(long, value_enum)]
+    pub codec: Option<CodecName>,
+    /// Bits per weight for the rate codec, everything counted (1 to 10)
+    #[arg(long, value_name = "B")]
+    pub bits: Option<f64>,
+    /// What happens to the skewed part of weights that are compressed now [default: rans]
+    #[arg(long, value_enum)]
+    pub stage: Option<StageName>,
     /// What the text begins with [default: standard input if it is piped]
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
     /// Read the prompt from a file
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
-    /// How many tokens to generate at most
+    /// Talk with the model through its chat template. --prompt, --file or a pipe is one message and gets one answer; at a
+    /// terminal without them, message follows message until Ctrl-D. Without --chat the prompt is text to go on from
+    #[arg(long)]
+    pub chat: bool,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// How many tokens to generate at most, in each answer
     #[arg(short = 'n', long, value_name = "N", default_value_t = 10000)]
     pub sample_len: usize,
     /// How freely to choose; 0 always takes the most likely token
@@ -210,36 +237,125 @@ pub struct GenerateArgs {
     /// Write trace-TIME.json for chrome://tracing
     #[arg(long)]
     pub tracing: bool,
-    /// Not built in: a repository to download
-    #[arg(long, value_name = "ID", hide = true)]
-    pub model_id: Option<String>,
-    /// Not built in: a revision to download
-    #[arg(long, value_name = "REV", hide = true)]
-    pub revision: Option<String>,
-    /// Not built in: a known model to download
-    #[arg(long, value_name = "NAME", hide = true)]
-    pub which: Option<String>,
     /// Not built in: needs a GPU
     #[arg(long, hide = true)]
     pub use_flash_attn: bool,
 }
 
-impl CompressArgs {
-    /// The library's options.
-    pub fn options(&self) -> anyhow::Result<ConvertOptions> {
-        let default = if self.bits.is_some() { CodecName::Rate } else { CodecName::Lossless };
-        let codec = match (self.codec.unwrap_or(default), self.bits) {
-            (CodecName::Lossless, None) => Codec::Lossless,
-            (CodecName::Int8, None) => Codec::Int8,
-            (CodecName::Rate, Some(bits)) => Codec::Rate { bits },
-            (CodecName::Rate, None) => bail!("--codec rate needs --bits, for instance --bits 3.5"),
-            (_, Some(_)) => bail!("--bits goes with --codec rate"),
-        };
-        let stage = match self.stage {
+/// Short names of models, those of candle's llama example.
+#[cfg(feature = "candle")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Which {
+    V1,
+    V2,
+    V3,
+    V31,
+    V3Instruct,
+    V31Instruct,
+    #[value(name = "v32-1b")]
+    V32_1b,
+    #[value(name = "v32-1b-instruct")]
+    V32_1bInstruct,
+    #[value(name = "v32-3b")]
+    V32_3b,
+    #[value(name = "v32-3b-instruct")]
+    V32_3bInstruct,
+    #[value(name = "solar-10.7b")]
+    Solar10_7b,
+    #[value(name = "tiny-llama-1.1b-chat")]
+    TinyLlama1_1bChat,
+    #[value(name = "SmoLM2-1.7B")]
+    SmolLm2_1b,
+    #[value(name = "SmoLM2-1.7B-Instruct")]
+    SmolLm2_1bInstruct,
+    #[value(name = "SmoLM2-360M")]
+    SmolLm2_360m,
+    #[value(name = "SmoLM2-360M-Instruct")]
+    SmolLm2_360mInstruct,
+    #[value(name = "SmoLM2-135M")]
+    SmolLm2_135m,
+    #[value(name = "SmoLM2-135M-Instruct")]
+    SmolLm2_135mInstruct,
+}
+
+#[cfg(feature = "candle")]
+impl Which {
+    /// Its repository on the hub.
+    pub fn id(self) -> &'static str {
+        match self {
+            Which::V1 => "Narsil/amall-7b",
+            Which::V2 => "meta-llama/Llama-2-7b-hf",
+            Which::V3 => "meta-llama/Meta-Llama-3-8B",
+            Which::V31 => "meta-llama/Llama-3.1-8B",
+            Which::V3Instruct => "meta-llama/Meta-Llama-3-8B-Instruct",
+            Which::V31Instruct => "meta-llama/Llama-3.1-8B-Instruct",
+            Which::V32_1b => "meta-llama/Llama-3.2-1B",
+            Which::V32_1bInstruct => "meta-llama/Llama-3.2-1B-Instruct",
+            Which::V32_3b => "meta-llama/Llama-3.2-3B",
+            Which::V32_3bInstruct => "meta-llama/Llama-3.2-3B-Instruct",
+            Which::Solar10_7b => "upstage/SOLAR-10.7B-v1.0",
+            Which::TinyLlama1_1bChat => "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+            Which::SmolLm2_1b => "HuggingFaceTB/SmolLM2-1.7B",
+            Which::SmolLm2_1bInstruct => "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+            Which::SmolLm2_360m => "HuggingFaceTB/SmolLM2-360M",
+            Which::SmolLm2_360mInstruct => "HuggingFaceTB/SmolLM2-360M-Instruct",
+            Which::SmolLm2_135m => "HuggingFaceTB/SmolLM2-135M",
+            Which::SmolLm2_135mInstruct => "HuggingFaceTB/SmolLM2-135M-Instruct",
+        }
+    }
+}
+
+/// The library's codec for `--codec` and `--bits`.
+fn codec(name: Option<CodecName>, bits: Option<f64>) -> anyhow::Result<Codec> {
+    let default = if bits.is_some() { CodecName::Rate } else { CodecName::Lossless };
+    Ok(match (name.unwrap_or(default), bits) {
+        (CodecName::Lossless, None) => Codec::Lossless,
+        (CodecName::Int8, None) => Codec::Int8,
+        (CodecName::Rate, Some(bits)) => Codec::Rate { bits },
+        (CodecName::Rate, None) => bail!("--codec rate needs --bits, for instance --bits 3.5"),
+        (_, Some(_)) => bail!("--bits goes with --codec rate"),
+    })
+}
+
+impl StageName {
+    fn stage(self) -> Stage {
+        match self {
             StageName::Rans => Stage::Rans,
             StageName::Fixed12 => Stage::Fixed12,
             StageName::Fixed11 => Stage::Fixed11,
-        };
+        }
+    }
+}
+
+#[cfg(feature = "candle")]
+impl GenerateArgs {
+    /// How to compress a model that is not yet, and whether the user chose that.
+    pub fn options(&self) -> anyhow::Result<(Options, bool)> {
+        let stage = self.stage.unwrap_or(StageName::Rans).stage();
+        let options = Options { codec: codec(self.codec, self.bits)?, stage, ..Options::default() };
+        options.validate()?;
+        Ok((options, self.codec.is_some() || self.bits.is_some() || self.stage.is_some()))
+    }
+
+    /// How to choose tokens.
+    pub fn sampler(&self) -> SamplerOptions {
+        SamplerOptions {
+            seed: self.seed,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+        }
+    }
+}
+
+impl CompressArgs {
+    /// The library's options.
+    pub fn options(&self) -> anyhow::Result<ConvertOptions> {
+        let codec = codec(self.codec, self.bits)?;
+        let stage = self.stage.stage();
         let scale = self.scale.map(|scale| match scale {
             ScaleName::Row => ScaleLayout::Row,
             ScaleName::Tile => ScaleLayout::Tile,

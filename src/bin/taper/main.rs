@@ -8,8 +8,6 @@ mod generate;
 mod progress;
 mod render;
 #[cfg(feature = "candle")]
-mod text_stream;
-#[cfg(feature = "candle")]
 mod threads;
 #[cfg(feature = "candle")]
 mod trace;

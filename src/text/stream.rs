@@ -1,13 +1,15 @@
 //! Tokens to text, as far as it is complete.
 
-use anyhow::{Result, anyhow};
 use tokenizers::Tokenizer;
+
+use crate::{Error, Result};
 
 /// Tokens that may wait for the rest of a character before they are printed as they are.
 const PATIENCE: usize = 8;
 
 /// Turns tokens into text one by one. What a token prints can depend on the one before, and a character can take
 /// several tokens, so text is the difference between two decodings.
+#[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     /// The tokens that were printed last, then those that wait.
@@ -19,6 +21,9 @@ pub struct TextStream<'a> {
 
 impl<'a> TextStream<'a> {
     /// A stream that goes on after `context`.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot decode tokens, as for the other methods.
     pub fn new(tokenizer: &'a Tokenizer, context: &[u32]) -> Result<Self> {
         let ids = context.to_vec();
         let text = decode(tokenizer, &ids)?;
@@ -57,7 +62,7 @@ impl<'a> TextStream<'a> {
 }
 
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> Result<String> {
-    tokenizer.decode(ids, true).map_err(|error| anyhow!("cannot decode tokens: {error}"))
+    tokenizer.decode(ids, true).map_err(|error| Error::Invalid(format!("cannot decode tokens: {error}")))
 }
 
 #[cfg(test)]

@@ -1,0 +1,61 @@
+//! Where the model comes from.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use candle_taper::Checkpoint;
+use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, config};
+
+use crate::args::{DtypeName, GenerateArgs};
+use crate::progress::Reporter;
+
+/// The model that comes with the source.
+const TALES: &str = "examples/tales";
+
+/// The directory of the model that was asked for, or of the one that comes with the source.
+pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
+    let id = args.model_id.as_deref().or(args.which.map(|which| which.id()));
+    ensure!(id.is_some() || args.revision.is_none(), "--revision goes with --model-id or --which");
+    if let Some(id) = id {
+        return hub(id, args.revision.as_deref(), quiet);
+    }
+    if let Some(dir) = &args.compressed {
+        return Ok(dir.clone());
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_path_buf()));
+    let beside = beside.iter().flat_map(|dir| [dir.join(TALES), dir.join("tales")]);
+    let mut places = std::iter::once(Path::new(env!("CARGO_MANIFEST_DIR")).join(TALES)).chain(beside);
+    places.find(|dir| dir.join("config.json").is_file()).context("pass --compressed DIR: the directory of a Llama")
+}
+
+fn hub(id: &str, _: Option<&str>, _: bool) -> Result<PathBuf> {
+    anyhow::bail!(
+        "{id}: this build cannot download. Build it with downloads (cargo install --path . --features hub), or get the \
+         files with `hf download {id} --local-dir DIR` and pass --compressed DIR"
+    )
+}
+
+/// Loads the model. Matrices that are not compressed yet are compressed now, in memory, one at a time.
+pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn CausalLm>> {
+    let dtype = match args.dtype {
+        Some(DtypeName::F16) => DType::F16,
+        Some(DtypeName::Bf16) => DType::BF16,
+        Some(DtypeName::F32) | None => DType::F32,
+    };
+    let (options, chosen) = args.options()?;
+    let config = config::read(dir)?;
+    let checkpoint = Arc::new(Checkpoint::open(dir)?);
+    ensure!(
+        !(chosen && checkpoint.is_compressed()),
+        "{} is compressed already: --codec, --bits and --stage are for models that are not",
+        dir.display()
+    );
+    let bytes = checkpoint.tensors().iter().filter(|info| !info.compressed).map(|info| info.stored_bytes).sum();
+    let progress = Arc::new(Reporter::new(quiet || checkpoint.is_compressed(), bytes));
+    let weights = CompressedWeights::new(checkpoint, dtype, options).with_progress(progress.clone());
+    let llama = CompressedLlama::load(&weights, &config)?;
+    progress.finish();
+    Ok(Box::new(llama))
+}
