@@ -1,0 +1,259 @@
+// The product of layout `pair` (pair.cuh) with up to 16 columns of activations.
+//
+// As in product.cuh: one block per SM takes whole tiles and a slab of columns; 8 consumer warps, a producer. Here a warp takes four units of a stage at
+// a time, the groups of four dealt round to the warps, so a warp meets every fourth stage. It could therefore mistake an old phase of a
+// slot's barrier for the new one: each slot has two barriers for its arrivals, used in turn, and the ring at least five slots.
+//
+// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5 or 6 (5 where 6 do not fit), in_flight 3, or 2 with
+//          programmatic launch; keep = pair_tiles_kept; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as given.
+//          slabs, groups, partial, arrived as in product.cuh.
+#pragma once
+#include "pair.cuh"
+
+namespace taper {
+
+struct PairProduct {
+  Product p;  // weights: the stages; overflow: the table of 256 entries
+  const uint32_t* offsets;
+  int slot_bytes, pad;
+};
+
+constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
+__host__ __device__ constexpr int pair_tiles_kept(int columns) { return columns <= 1 ? 8 : columns <= 4 ? 2 : 1; }
+__host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes) {
+  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + sums_bytes(pair_tiles_kept(columns), columns) +
+         columns * activation_stride(slab_width<Pair>(cols, slabs));
+}
+
+#if __CUDA_ARCH__ >= 900
+struct PairRing {
+  uint32_t base, full, empty;
+  int slots, slot_bytes;
+  __device__ PairRing(const PairProduct& p, uint32_t base_, uint32_t bars)
+      : base(base_), full(bars), empty(bars + 16 * PAIR_MAX_SLOTS), slots(p.p.slots), slot_bytes(p.slot_bytes) {}
+  __device__ void init(int tid) {
+    if (tid == 0) {
+      for (int s = 0; s < slots; s++) mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, 2);
+      mbarrier_init_fence();
+    }
+  }
+  // Stage k of the block: slot k % slots, barrier k / slots % 2 of the slot, parity k / slots / 2 % 2.
+  __device__ uint32_t slot(int k) const { return base + k % slots * slot_bytes; }
+  __device__ void wait(int k) const {
+    const int round = k / slots;
+    mbarrier_wait(full + 16 * (k - round * slots) + 8 * (round & 1), round >> 1 & 1);
+  }
+  __device__ void release(int k, int times) const {
+    for (int i = 0; i < times; i++) mbarrier_arrive(empty + 8 * (k % slots));
+  }
+  // The whole producer warp: its lanes fetch 32 offsets at a time, before they are needed.
+  __device__ void produce(const PairProduct& pp, const Part<Pair>& part, int lane) {
+    const Product& p = pp.p;
+    const int total = part.tiles * part.stages;
+    const auto offset = [&](int k) {
+      if (k >= total) return make_uint2(0, 0);
+      const uint32_t* at = pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
+      return make_uint2(__ldg(at), __ldg(at + 1));
+    };
+    const uint64_t policy = evict_first_policy();
+    uint2 now = offset(lane), later = offset(32 + lane);
+    for (int k = 0; k < total; k++) {
+      if (k && k % 32 == 0) now = later, later = offset(k + 32 + lane);
+      const uint32_t from = __shfl_sync(~0u, now.x, k & 31), to = __shfl_sync(~0u, now.y, k & 31);
+      if (lane == 0) {
+        if (k >= p.in_flight) wait(k - p.in_flight);
+        const int round = k / slots, s = k - round * slots;
+        if (round) mbarrier_wait(empty + 8 * s, (round & 1) ^ 1);
+        const uint32_t bar = full + 16 * s + 8 * (round & 1), bytes = (to - from) * 16;
+        mbarrier_expect(bar, bytes);
+        bulk_copy(slot(k), p.weights + (size_t)from * 16, bytes, bar, policy);
+      }
+      __syncwarp();
+    }
+  }
+  __device__ void start(const PairProduct&, const Part<Pair>&, int) {}
+};
+#else
+struct PairRing {  // a simple exchange: all threads copy a round of four stages, then decode it
+  uint32_t base;
+  int slot_bytes;
+  __device__ PairRing(const PairProduct& p, uint32_t base_, uint32_t) : base(base_), slot_bytes(p.slot_bytes) {}
+  __device__ void init(int) {}
+  __device__ void produce(const PairProduct&, const Part<Pair>&, int) {}
+  __device__ uint32_t slot(int k) const { return base + k % 4 * slot_bytes; }
+  __device__ void load(const PairProduct& pp, const Part<Pair>& part, int first, int last, int tid) {
+    for (int k = first; k < last; k++) {
+      const uint32_t* at = pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
+      const uint32_t from = __ldg(at), n = __ldg(at + 1) - from;
+      for (uint32_t i = tid; i < n; i += CONSUMER_THREADS) async_copy16(slot(k) + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
+    }
+    async_commit(), async_wait<0>();
+  }
+};
+#endif
+
+// The repairs of a unit, one after the other: each lane adds to the sums that it holds.
+template <int NB>
+__device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, const uint32_t (&x_pair)[NB][2], uint32_t column, float (&c)[NB][4]) {
+  const uint32_t g = lane >> 2;
+#pragma unroll 2
+  for (int i = 0; i < count; i++) {
+    const uint32_t e = lds32(at + 4 * i), k = column + (e >> 4 & 127) * 2;
+    const float w = __uint_as_float(e & 0xFFFF0000u);
+    const bool top = (e & 15) == g, bottom = (e & 15) == g + 8;
+#pragma unroll
+    for (int nb = 0; nb < NB; nb++) {
+      const float x0 = __uint_as_float(lds16(x_pair[nb][0] + k) << 16), x1 = __uint_as_float(lds16(x_pair[nb][1] + k) << 16);
+      if (top) c[nb][0] = fmaf(w, x0, c[nb][0]), c[nb][1] = fmaf(w, x1, c[nb][1]);
+      if (bottom) c[nb][2] = fmaf(w, x0, c[nb][2]), c[nb][3] = fmaf(w, x1, c[nb][3]);
+    }
+  }
+}
+
+// Four units of a stage (fewer at its end) times their activations.
+template <int NB>
+__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane, const uint32_t (&x_row)[NB],
+                                               const uint32_t (&x_pair)[NB][2], uint32_t zeros, uint32_t column, float (&c0)[NB][4], float (&c1)[NB][4]) {
+  constexpr int U = Pair::GROUP;
+  const uint32_t deltas = stage + units * 8, bytes = stage + pair_header_bytes(units), words = bytes + units * 2048, by128 = blockDim.y * 128;
+  PairStreams<U> streams;
+  uint32_t at[U], x_at[U][NB], repairs[U];
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    const bool there = first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
+    const int unit = there ? first + u : first;
+    const uint2 head = lds64(stage + 8 * unit);
+    repairs[u] = there ? head.y : 0;
+    at[u] = bytes + unit * 2048 + lane * 16;
+#pragma unroll
+    for (int nb = 0; nb < NB; nb++) x_at[u][nb] = there ? x_row[nb] + column + u * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
+    streams.start(u, words, head.x, lds_s8(deltas + 32 * unit + lane), lane);
+  }
+#pragma unroll 1
+  for (int j = 0; j < 4; j++) {
+    uint4 s[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) s[u] = lds128(at[u] + 512 * j);
+    uint4 x[U];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint32_t entry[U][4];
+      streams.next(table_of_lane, by128, entry);
+      if (NB == 1 && h == 0) {
+#pragma unroll
+        for (int u = 0; u < U; u++) x[u] = lds128(x_at[u][0] + 64 * j);
+      }
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        uint32_t a[4];
+        join4(a, h ? s[u].z : s[u].x, h ? s[u].w : s[u].y, entry[u]);
+#pragma unroll
+        for (int nb = 0; nb < NB; nb++) {
+          if (NB > 1) x[u] = lds128(x_at[u][nb] + 64 * j);
+          if (h == 0) mma(c0[nb], a[0], a[1], a[2], a[3], x[u].x, x[u].y);
+          else mma(c1[nb], a[0], a[1], a[2], a[3], x[u].z, x[u].w);
+        }
+      }
+    }
+  }
+#pragma unroll 1
+  for (int u = 0; u < U; u++) {
+    const uint32_t r = u == 0 ? repairs[0] : u == 1 ? repairs[1] : u == 2 ? repairs[2] : repairs[3];
+    add_repairs<NB>(words + (r & 0xFFFF) * 4, r >> 16, lane, x_pair, column + u * UNIT_COLS * 2, c0);
+  }
+}
+
+template <int NB> __device__ __forceinline__ void pair_product(const PairProduct& pp) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const Product& p = pp.p;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const Part<Pair> part(p);
+  const int parts = p.x_type + 1, columns = p.batch * parts, stride = activation_stride(slab_width<Pair>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
+  const uint32_t table = shared_address(memory), ring_at = table + TABLE_BYTES, bars = ring_at + p.slots * pp.slot_bytes;
+  const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + sums_bytes(p.keep, columns);
+  PairRing ring(pp, ring_at, bars);
+  ring.init(tid - CONSUMER_THREADS);
+  __syncthreads();
+  if (warp == CONSUMERS) return ring.produce(pp, part, lane);
+  load_table<CONSUMER_THREADS>(table, p.overflow, tid);
+  if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(), tid);
+  async_commit();
+  async_wait<0>();
+  bar_sync<1, CONSUMER_THREADS>();
+
+  uint32_t x_row[NB], x_pair[NB][2];  // of the B fragments; of the columns whose sums this lane holds
+#pragma unroll
+  for (int nb = 0; nb < NB; nb++) {
+    x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i++) x_pair[nb][i] = xs + min(8 * nb + 2 * t + i, columns - 1) * stride;
+  }
+  // Groups of a tile: two a stage, but one in a last stage of at most four units.
+  const int last_units = part.shape.units_of(part.stage0 + part.stages - 1), groups = 2 * part.stages - (last_units <= Pair::GROUP);
+  float c0[NB][4], c1[NB][4];
+#pragma unroll
+  for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
+
+  for (int first_tile = 0; first_tile < part.tiles; first_tile += p.keep) {
+    const int kept = min(p.keep, part.tiles - first_tile), n = kept * groups;
+    int tile = warp / groups, in = warp - tile * groups;
+    const auto work = [&](int q) {
+      const int stage = in / 2, k = (first_tile + tile) * part.stages + stage, units = part.shape.units_of(part.stage0 + stage), first = in % 2 * Pair::GROUP;
+#if __CUDA_ARCH__ >= 900
+      ring.wait(k);
+#endif
+      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, x_pair, zeros, (stage * Pair::UNITS + first) * UNIT_COLS * 2, c0, c1);
+#if __CUDA_ARCH__ >= 900
+      __syncwarp();
+      if (lane == 0) ring.release(k, units <= Pair::GROUP ? 2 : 1);
+#endif
+      in += CONSUMERS;
+      const int was = tile;
+      while (in >= groups) in -= groups, tile++;
+      if (tile == was && q + CONSUMERS < n) return;
+      // sums[kept][warp][column][row]
+      const uint32_t mine = sums + (was * CONSUMERS + warp) * columns * TILE_ROWS * 4;
+#pragma unroll
+      for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int column = 8 * nb + 2 * t + (i & 1);
+          if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
+          c0[nb][i] = c1[nb][i] = 0;
+        }
+    };
+#if __CUDA_ARCH__ >= 900
+    for (int q = warp; q < n; q += CONSUMERS) work(q);
+#else
+    // Rounds of eight groups lie in at most four whole stages and parts of a fifth's neighbours: stages of a round are loaded together.
+    for (int q0 = 0; q0 < n; q0 += CONSUMERS) {
+      const auto stage_of = [&](int q) { return (first_tile + q / groups) * part.stages + q % groups / 2; };
+      for (int first = q0, end = min(q0 + CONSUMERS, n); first < end;) {
+        int last = first;
+        while (last < end && stage_of(last) - stage_of(first) < 4) last++;
+        ring.load(pp, part, stage_of(first), stage_of(last - 1) + 1, tid);
+        bar_sync<1, CONSUMER_THREADS>();
+        if (q0 + warp >= first && q0 + warp < last) work(q0 + warp);
+        bar_sync<1, CONSUMER_THREADS>();
+        first = last;
+      }
+    }
+#endif
+    bar_sync<1, CONSUMER_THREADS>();
+    for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
+      const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
+      float sum = 0;
+      for (int s = 0; s < parts; s++)
+        for (int w = 0; w < min(groups, CONSUMERS); w++)  // the warps that had a group of this tile
+          sum += lds_float(sums + (((k * CONSUMERS + (k * groups + w) % CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
+      hand_on(p, padded_rows, part.slab, (part.tile0 + first_tile + k) * TILE_ROWS + row, m, sum);
+    }
+    if (first_tile + p.keep < part.tiles) bar_sync<1, CONSUMER_THREADS>();
+  }
+  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+}
+
+}  // namespace taper
