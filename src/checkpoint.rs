@@ -195,7 +195,7 @@ impl Checkpoint {
             }
         };
         let weight = weight().map_err(|e| e.in_file(self.file_of(info)))?;
-        Ok(weight.with_origin(self.file_of(info), name))
+        Ok(weight.with_activations(options.activations).with_origin(self.file_of(info), name))
     }
 
     /// One 256×256 tile of a compressed tensor: its place and its weights.

@@ -77,4 +77,4 @@ pub use codec::plan::Stage;
 pub use codec::{Dtype, Kind, Predictor, ScaleLayout};
 pub use cpu::Backend;
 pub use error::{Error, Result};
-pub use matrix::{Codec, CompressedMatrix, Options, compress};
+pub use matrix::{Activations, Codec, CompressedMatrix, Options, compress};

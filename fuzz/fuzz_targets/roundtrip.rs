@@ -36,7 +36,7 @@ impl<'a> Arbitrary<'a> for Matrix {
             None => 0,
         };
         let data = (0..rows * cols * dtype.size()).map(byte).collect();
-        Ok(Matrix { dtype, rows, cols, options: Options { codec, stage, scale, verify: true }, data })
+        Ok(Matrix { dtype, rows, cols, options: Options { codec, stage, scale, ..Options::default() }, data })
     }
 }
 

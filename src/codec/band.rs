@@ -249,31 +249,47 @@ pub fn decode(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize)
 /// units compile it again for them.
 #[inline(always)]
 pub(crate) fn join(band: &Band, scratch: &mut Scratch, out: &mut [u8], stride: usize) -> Result<()> {
+    if band.plan.kind == Kind::Int8 {
+        let joined = join_int8(band, scratch);
+        write_int8(band, &scratch.bytes, out, stride);
+        return joined;
+    }
     let n = band.weights();
-    let Scratch { classes, codes, bytes, shifts, .. } = scratch;
-    if band.plan.kind != Kind::Int8 || band.plan.raw_bits > 0 {
+    let Scratch { classes, codes, shifts, .. } = scratch;
+    codes.resize(n, 0);
+    planes::unpack_field(band.bytes.raw, band.plan.raw_bits, codes);
+    let mut left = Escapes::of(band);
+    let classes = &mut classes[..n];
+    if band.plan.kind == Kind::Rate {
+        join_rate(band, classes, codes, &mut left);
+    } else {
+        levels::shifts(&band.scales, band.cols, shifts);
+        join_float(band, classes, shifts, codes, &mut left);
+    }
+    write(codes, band.plan.value_bytes(), band.cols, out, stride);
+    left.finish()
+}
+
+/// Decodes an INT8 band's integers, row by row, to `scratch.bytes`.
+pub(crate) fn decode_int8(band: &Band, scratch: &mut Scratch) -> Result<()> {
+    let classes = decode_classes(band, scratch);
+    let joined = join_int8(band, scratch);
+    classes.and(joined)
+}
+
+/// Turns `scratch.classes` with an INT8 band's raw bits and escapes into integers, in `scratch.bytes`.
+#[inline(always)]
+pub(crate) fn join_int8(band: &Band, scratch: &mut Scratch) -> Result<()> {
+    let n = band.weights();
+    let Scratch { classes, codes, bytes, .. } = scratch;
+    if band.plan.raw_bits > 0 {
         codes.resize(n, 0);
         planes::unpack_field(band.bytes.raw, band.plan.raw_bits, codes);
     }
-    let mut left = Escapes { bytes: band.bytes.escapes, width: band.plan.kind.escape_bytes(), missing: false };
-    let classes = &mut classes[..n];
-    match band.plan.kind {
-        Kind::Int8 => {
-            join_int8(band, classes, codes, &mut left, bytes);
-            band.predictor.inverse(bytes, band.cols);
-            write_int8(band, bytes, out, stride);
-        }
-        Kind::Rate => {
-            join_rate(band, classes, codes, &mut left);
-            write(codes, 4, band.cols, out, stride);
-        }
-        _ => {
-            levels::shifts(&band.scales, band.cols, shifts);
-            join_float(band, classes, shifts, codes, &mut left);
-            write(codes, band.plan.value_bytes(), band.cols, out, stride);
-        }
-    }
-    if left.missing || !left.bytes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
+    let mut left = Escapes::of(band);
+    int8_bytes(band, &mut classes[..n], codes, &mut left, bytes);
+    band.predictor.inverse(bytes, band.cols);
+    left.finish()
 }
 
 /// Escape entries not yet taken.
@@ -283,7 +299,17 @@ struct Escapes<'a> {
     missing: bool,
 }
 
-impl Escapes<'_> {
+impl<'a> Escapes<'a> {
+    /// All of a band.
+    fn of(band: &Band<'a>) -> Escapes<'a> {
+        Escapes { bytes: band.bytes.escapes, width: band.plan.kind.escape_bytes(), missing: false }
+    }
+
+    /// An error unless every marker had an entry and none is left.
+    fn finish(&self) -> Result<()> {
+        if self.missing || !self.bytes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
+    }
+
     /// The next entry as a number; zero if there is none.
     fn next(&mut self) -> u32 {
         let Some((entry, rest)) = self.bytes.split_at_checked(self.width) else {
@@ -336,7 +362,7 @@ fn join_float(band: &Band, classes: &mut [u8], shifts: &[u8], codes: &mut [u32],
 }
 
 #[inline(always)]
-fn join_int8(band: &Band, classes: &mut [u8], codes: &[u32], escapes: &mut Escapes, bytes: &mut Vec<u8>) {
+fn int8_bytes(band: &Band, classes: &mut [u8], codes: &[u32], escapes: &mut Escapes, bytes: &mut Vec<u8>) {
     bytes.clear();
     match band.plan.class_bits {
         0 => bytes.extend(codes.iter().map(|&c| c as u8)),

@@ -19,7 +19,7 @@ pub const ESCAPED: i32 = i32::MAX;
 const ROUND: f32 = 12_582_912.0;
 
 #[inline(always)]
-fn round(x: f32) -> i32 {
+pub(crate) fn round(x: f32) -> i32 {
     (x + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
 }
 

@@ -93,6 +93,8 @@ pub fn permuted(x: &[f32]) -> Vec<f32> {
 pub struct DotScratch {
     /// For [`super::symbols`].
     pub scratch: Scratch,
+    /// For [`super::int8::decode`].
+    pub padded: Vec<u8>,
     values: Vec<u8>,
     weights: Vec<f32>,
 }

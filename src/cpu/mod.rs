@@ -18,6 +18,7 @@ mod avx2;
 mod avx512;
 pub mod dot;
 pub mod gemm;
+pub mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 

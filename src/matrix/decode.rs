@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
+use super::Activations;
 use crate::codec::band::{self, Band, Scratch};
 use crate::codec::{BAND_ROWS, DecodeTable, Dtype, Geometry, Kind, Plan, Rect, TILE};
 use crate::cpu::{self, Backend};
@@ -21,6 +22,7 @@ pub struct CompressedMatrix<'a> {
     stream: TileStream<'a>,
     shared: Arc<Shared>,
     backend: Backend,
+    activations: Activations,
     origin: Option<Arc<Origin>>,
 }
 
@@ -50,7 +52,8 @@ impl<'a> CompressedMatrix<'a> {
     /// Wraps a parsed stream.
     pub fn from_stream(stream: TileStream<'a>) -> Result<CompressedMatrix<'a>> {
         let shared = Arc::new(Shared::new(&stream));
-        Ok(CompressedMatrix { stream, shared, backend: Backend::current()?, origin: None })
+        let backend = Backend::current()?;
+        Ok(CompressedMatrix { stream, shared, backend, activations: Activations::default(), origin: None })
     }
 
     /// Opens a matrix that was opened before, with what was made for it then.
@@ -60,7 +63,7 @@ impl<'a> CompressedMatrix<'a> {
         backend: Backend,
         origin: Option<Arc<Origin>>,
     ) -> CompressedMatrix<'a> {
-        CompressedMatrix { stream, shared, backend, origin }
+        CompressedMatrix { stream, shared, backend, activations: Activations::default(), origin }
     }
 
     /// Names a tile, and the tensor and file if they are known, in an error.
@@ -84,6 +87,17 @@ impl<'a> CompressedMatrix<'a> {
     pub fn with_backend(mut self, backend: Backend) -> CompressedMatrix<'a> {
         assert!(backend.available(), "backend {} is not available on this machine", backend.name());
         self.backend = backend;
+        self
+    }
+
+    /// What it is multiplied with, if it is INT8 with scales.
+    pub fn activations(&self) -> Activations {
+        self.activations
+    }
+
+    /// Chooses what it is multiplied with, if it is INT8 with scales.
+    pub fn with_activations(mut self, activations: Activations) -> CompressedMatrix<'a> {
+        self.activations = activations;
         self
     }
 

@@ -24,7 +24,7 @@ mod weight;
 
 pub use decode::CompressedMatrix;
 pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
-pub use options::{Codec, Options};
+pub use options::{Activations, Codec, Options};
 pub use product::{Executor, RayonExecutor, matmul_each};
 pub use source::Source;
 pub use weight::Weight;

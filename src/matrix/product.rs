@@ -5,11 +5,13 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use super::CompressedMatrix;
-use crate::codec::{BAND_ROWS, Geometry, TILE};
-use crate::cpu;
+use super::{Activations, CompressedMatrix};
+use crate::codec::band::Band;
+use crate::codec::{BAND_ROWS, Geometry, Kind, TILE};
 use crate::cpu::dot::{Activation, DotScratch, dot_band};
 use crate::cpu::gemm::{Gemm, gemm};
+use crate::cpu::int8::Rows;
+use crate::cpu::{self, int8};
 use crate::{Error, Result};
 
 /// Runs numbered tasks on some threads. Results must not depend on which thread runs a task.
@@ -28,9 +30,16 @@ impl Executor for RayonExecutor {
     }
 }
 
+/// A thread's buffers: two bands decoded side by side, a strip of weights, a band packed for a batch.
+#[derive(Default)]
+struct Buffers {
+    pair: [DotScratch; 2],
+    weights: Vec<f32>,
+    packed: Vec<u8>,
+}
+
 thread_local! {
-    /// A thread's buffers: two bands decoded side by side, and a strip of weights.
-    static SCRATCH: RefCell<([DotScratch; 2], Vec<f32>)> = RefCell::default();
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
 }
 
 /// The first error of parallel tasks, by their numbers.
@@ -69,6 +78,34 @@ fn run_parts(
     error.result()
 }
 
+/// Activations made ready for all matrices that they are multiplied with.
+#[derive(Default)]
+struct Input {
+    /// A single row, for matrices that take it as it is.
+    vector: Option<Activation>,
+    /// Rounded to 8 bits, for matrices that take them so.
+    rounded: Option<Rows>,
+    /// The rows that cannot be rounded, as they are.
+    exact: Vec<(usize, Activation)>,
+}
+
+impl Input {
+    fn new(matrices: &[CompressedMatrix], x: &[f32], m: usize) -> Input {
+        let mut input = Input::default();
+        if m == 1 && matrices.iter().any(|matrix| !matrix.rounds()) {
+            input.vector = Some(Activation::new(x));
+        }
+        if matrices.iter().any(CompressedMatrix::rounds) {
+            let cols = x.len() / m;
+            let rows = Rows::new(x, cols);
+            let exact = |&row: &usize| (row, Activation::new(&x[row * cols..(row + 1) * cols]));
+            input.exact = rows.exact().iter().map(exact).collect();
+            input.rounded = Some(rows);
+        }
+        input
+    }
+}
+
 /// `Y = X·Wᵀ` for `m` rows of activations and several matrices of as many columns, in one parallel region: `x` is
 /// `m × columns`, and the results, each `m × rows` of its matrix and row-major, stand one after another. The activations
 /// are made ready once for all matrices. Each result is, to the last bit, what [`CompressedMatrix::matmul`] gives.
@@ -92,12 +129,13 @@ pub fn matmul_each(matrices: &[CompressedMatrix], x: &[f32], m: usize, executor:
         parts.extend(own.chunks_mut(m * BAND_ROWS));
         strips.extend((0..rows(matrix).div_ceil(BAND_ROWS)).map(|strip| (matrix, strip)));
     }
-    let vector = (m == 1).then(|| Activation::new(x));
+    let input = Input::new(matrices, x, m);
     run_parts(executor, parts, |index, y| {
         let (matrix, strip) = strips[index];
-        SCRATCH.with_borrow_mut(|(scratch, weights)| match &vector {
-            Some(x) => matrix.strip_dot(strip, x, scratch, y),
-            None => matrix.strip_matmul(strip, x, m, &mut scratch[0], weights, y),
+        BUFFERS.with_borrow_mut(|buffers| match (&input.rounded, &input.vector) {
+            (Some(rows), _) if matrix.rounds() => matrix.strip_int8(strip, rows, &input.exact, buffers, y),
+            (_, Some(x)) => matrix.strip_dot(strip, x, &mut buffers.pair, y),
+            _ => matrix.strip_matmul(strip, x, m, buffers, y),
         })
     })?;
     if m == 1 {
@@ -118,7 +156,9 @@ impl CompressedMatrix<'_> {
     ///
     /// BF16 weights are multiplied as they are decoded, without passing through memory. The result is the same to the
     /// last bit for every backend, stage and number of threads, and for the uncompressed weights
-    /// ([`crate::cpu::dot`] states the order of additions).
+    /// ([`crate::cpu::dot`] states the order of additions). INT8 weights with scales are multiplied with activations
+    /// rounded to 8 bits unless [`Activations::Exact`] are asked for ([`crate::cpu::int8`] states what that costs); their
+    /// products too are the same for every backend, stage and number of threads.
     ///
     /// # Errors
     /// If `x` does not fit, or a tile is damaged.
@@ -135,51 +175,87 @@ impl CompressedMatrix<'_> {
         matmul_each(std::slice::from_ref(self), x, m, executor)
     }
 
-    /// The rows of one strip of bands times `x`. Two tiles are decoded side by side.
-    fn strip_dot(&self, strip: usize, x: &Activation, scratch: &mut [DotScratch; 2], y: &mut [f32]) -> Result<()> {
+    /// True if activations are rounded before they are multiplied.
+    fn rounds(&self) -> bool {
+        let plan = self.plan();
+        self.activations() == Activations::Int8 && plan.kind == Kind::Int8 && plan.quantised()
+    }
+
+    /// Calls `each` with every band of a strip, from left to right, its first column, whether its symbols ended as they
+    /// must, and its buffers. The symbols of two bands are decoded side by side.
+    fn for_bands(
+        &self,
+        strip: usize,
+        pair: &mut [DotScratch; 2],
+        mut each: impl FnMut(&Band, usize, bool, &mut DotScratch) -> Result<()>,
+    ) -> Result<()> {
         let across = self.geometry().tile_cols();
         let first = strip * BAND_ROWS / TILE * across;
         let band = strip % (TILE / BAND_ROWS);
-        let backend = self.backend();
-        let [left, right] = scratch;
-        for col in (0..across).step_by(2) {
-            let a = self.open_band(first + col, band)?;
+        let [left, right] = pair;
+        let mut each = |tile, band: &Band, col, done, scratch: &mut DotScratch| {
+            each(band, col, done, scratch).map_err(|e| self.in_tile(tile, e))
+        };
+        for tile in (first..first + across).step_by(2) {
+            let a = self.open_band(tile, band)?;
             let view = self.view(&a);
-            if col + 1 == across {
-                let [done] = cpu::symbols(backend, [&view], [&mut left.scratch]);
-                let added = dot_band(backend, &view, done, left, x, a.rect.col, y);
-                return added.map_err(|e| self.in_tile(first + col, e));
+            if tile + 1 == first + across {
+                let [done] = cpu::symbols(self.backend(), [&view], [&mut left.scratch]);
+                return each(tile, &view, a.rect.col, done, left);
             }
-            let b = self.open_band(first + col + 1, band)?;
+            let b = self.open_band(tile + 1, band)?;
             let other = self.view(&b);
-            let done = cpu::symbols(backend, [&view, &other], [&mut left.scratch, &mut right.scratch]);
-            let added = dot_band(backend, &view, done[0], left, x, a.rect.col, y);
-            added.map_err(|e| self.in_tile(first + col, e))?;
-            let added = dot_band(backend, &other, done[1], right, x, b.rect.col, y);
-            added.map_err(|e| self.in_tile(first + col + 1, e))?;
+            let done = cpu::symbols(self.backend(), [&view, &other], [&mut left.scratch, &mut right.scratch]);
+            each(tile, &view, a.rect.col, done[0], left)?;
+            each(tile + 1, &other, b.rect.col, done[1], right)?;
         }
         Ok(())
     }
 
-    /// `m` rows of activations times the rows of one strip of bands, which are decoded to `weights`: `y` is
-    /// `m × rows of the strip`.
-    fn strip_matmul(
+    /// The rows of one strip of bands times `x`.
+    fn strip_dot(&self, strip: usize, x: &Activation, pair: &mut [DotScratch; 2], y: &mut [f32]) -> Result<()> {
+        self.for_bands(strip, pair, |band, col, done, scratch| dot_band(self.backend(), band, done, scratch, x, col, y))
+    }
+
+    /// The rows of one strip of INT8 bands times rounded activations, except for those given as they are: `y` is
+    /// `activations × rows of the strip`.
+    fn strip_int8(
         &self,
         strip: usize,
-        x: &[f32],
-        m: usize,
-        scratch: &mut DotScratch,
-        weights: &mut Vec<f32>,
+        x: &Rows,
+        exact: &[(usize, Activation)],
+        buffers: &mut Buffers,
         y: &mut [f32],
     ) -> Result<()> {
+        let Buffers { pair, packed, .. } = buffers;
+        self.for_bands(strip, pair, |band, col, done, scratch| {
+            let weights = int8::decode(self.backend(), band, done, &mut scratch.scratch, &mut scratch.padded)?;
+            if x.len() == 1 {
+                int8::dot(self.backend(), &weights, &band.scales, x, 0, col, y);
+            } else {
+                int8::matmul(self.backend(), &weights, &band.scales, x, col, y, packed);
+            }
+            Ok(())
+        })?;
+        let n = y.len() / x.len();
+        for (row, x) in exact {
+            let y = &mut y[row * n..(row + 1) * n];
+            y.fill(0.0);
+            self.strip_dot(strip, x, pair, y)?;
+        }
+        Ok(())
+    }
+
+    /// `m` rows of activations times the rows of one strip of bands, which are decoded first: `y` is
+    /// `m × rows of the strip`.
+    fn strip_matmul(&self, strip: usize, x: &[f32], m: usize, buffers: &mut Buffers, y: &mut [f32]) -> Result<()> {
         let Geometry { rows, cols } = self.geometry();
-        let (across, band) = (self.geometry().tile_cols(), strip % (TILE / BAND_ROWS));
+        let Buffers { pair, weights, .. } = buffers;
         let n = BAND_ROWS.min(rows - strip * BAND_ROWS);
         weights.resize(n * cols, 0.0);
-        let first = strip * BAND_ROWS / TILE * across;
-        for column in 0..across {
-            self.band_f32(first + column, band, scratch, &mut weights[column * TILE..], cols)?;
-        }
+        self.for_bands(strip, pair, |band, col, done, scratch| {
+            cpu::dot::values(self.backend(), band, done, scratch, &mut weights[col..], cols)
+        })?;
         // y[m][n] = Σ x[m][k] · w[n][k]
         let shape = Gemm { m, n, k: cols, a: [cols, 1], b: [1, cols], c: [n, 1], add: false };
         gemm(&shape, x, weights, y);
@@ -197,7 +273,7 @@ impl CompressedMatrix<'_> {
         // By columns of tiles: [column][m][column of the tile].
         let mut x = vec![0.0; m * cols];
         run_parts(executor, x.chunks_mut((m * TILE).max(1)).collect(), |column, x| {
-            SCRATCH.with_borrow_mut(|([scratch, _], weights)| {
+            BUFFERS.with_borrow_mut(|Buffers { pair: [scratch, _], weights, .. }| {
                 let across = self.geometry().tile_cols();
                 for tile in (column..self.geometry().tiles()).step_by(across) {
                     let rect = self.geometry().tile(tile);

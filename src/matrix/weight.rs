@@ -4,8 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::CompressedMatrix;
 use super::decode::{Origin, Shared};
+use super::{Activations, CompressedMatrix};
 use crate::codec::{Dtype, Geometry, Plan};
 use crate::cpu::Backend;
 use crate::format::header::Header;
@@ -20,6 +20,7 @@ pub struct Weight {
     checks: Checks,
     shared: Arc<Shared>,
     backend: Backend,
+    activations: Activations,
     origin: Option<Arc<Origin>>,
 }
 
@@ -41,7 +42,15 @@ impl Weight {
         let shared = Arc::new(Shared::new(&stream));
         let (header, checks) = stream.into_header();
         let backend = Backend::current()?;
-        Ok(Weight { bytes: Arc::new(bytes), header: Arc::new(header), checks, shared, backend, origin: None })
+        let activations = Activations::default();
+        let (bytes, header) = (Arc::new(bytes), Arc::new(header));
+        Ok(Weight { bytes, header, checks, shared, backend, activations, origin: None })
+    }
+
+    /// Chooses what it is multiplied with, if it is INT8 with scales.
+    pub fn with_activations(mut self, activations: Activations) -> Weight {
+        self.activations = activations;
+        self
     }
 
     /// Remembers where the matrix comes from: errors then start with file and tensor.
@@ -77,7 +86,8 @@ impl Weight {
             });
         }
         let stream = TileStream::reopened(bytes, &self.header, self.checks);
-        Ok(CompressedMatrix::reopened(stream, self.shared.clone(), self.backend, self.origin.clone()))
+        let matrix = CompressedMatrix::reopened(stream, self.shared.clone(), self.backend, self.origin.clone());
+        Ok(matrix.with_activations(self.activations))
     }
 
     /// How the matrix is coded.

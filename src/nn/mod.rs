@@ -30,7 +30,8 @@ fn tensor_bytes(tensor: &Tensor) -> Result<(Vec<u8>, Dtype, usize, usize)> {
 /// Compresses a tensor of shape `[out, in]`.
 fn compress_tensor(tensor: &Tensor, options: &Options) -> Result<Weight> {
     let (bytes, dtype, rows, cols) = tensor_bytes(tensor)?;
-    Ok(Weight::new(crate::matrix::compress(&bytes, dtype, rows, cols, options)?)?)
+    let weight = Weight::new(crate::matrix::compress(&bytes, dtype, rows, cols, options)?)?;
+    Ok(weight.with_activations(options.activations))
 }
 
 /// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.

@@ -361,7 +361,7 @@ impl CompressArgs {
             ScaleName::Tile => ScaleLayout::Tile,
             ScaleName::Matrix => ScaleLayout::Matrix,
         });
-        let matrix = Options { codec, stage, scale, verify: !self.no_verify };
+        let matrix = Options { codec, stage, scale, verify: !self.no_verify, ..Options::default() };
         matrix.validate()?;
         let (include, exclude) = (self.include.clone(), self.exclude.clone());
         Ok(ConvertOptions { matrix, include, exclude, force: self.force })

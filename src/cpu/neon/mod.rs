@@ -3,6 +3,8 @@
 
 use std::arch::aarch64::*;
 
+pub(super) mod int8;
+
 use super::{Bf16Join, load};
 use crate::codec::rans::{Decoder, LANES};
 use crate::codec::table::DecodeTable;
