@@ -30,6 +30,9 @@ extern "C" __global__ void __launch_bounds__(256) pair_count(const uint16_t* den
     if (near[i]) atomicAdd(counts + 256 * (COUNT_FROM + i / COUNT_WIDTH) + COUNT_FROM + i % COUNT_WIDTH, near[i]);
 }
 
+// The size of a stage whose tail is too long.
+constexpr uint32_t IMPOSSIBLE = 65535;
+
 // What one lane has to code: its 32 pairs of one unit, in the order of decoding.
 struct LaneCodes {
   uint32_t bits[PAIR_BITS / 32];
@@ -123,12 +126,12 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) {
     int total = 0;
     for (int u = 0; u < units; u++) total += words[u];
-    sizes[blockIdx.x] = ceil_div(pair_header_bytes(units) + units * Pair::UNIT_BYTES + 4 * total, 16);
+    sizes[blockIdx.x] = total > MAX_TAIL ? IMPOSSIBLE : ceil_div(pair_header_bytes(units) + units * Pair::UNIT_BYTES + 4 * total, 16);
   }
 }
 
 // Pass 2, one block of 1024 threads: sizes of n stages to offsets[0..n], which go on from totals[0] (zero before the first row block).
-// totals: [0] 16-byte pieces so far, [1] the largest stage's.
+// totals: [0] 16-byte pieces so far, [1] the largest stage's; if that is IMPOSSIBLE the matrix needs another layout.
 extern "C" __global__ void __launch_bounds__(1024) pair_scan(const uint32_t* sizes, int n, uint32_t* offsets, uint32_t* totals) {
   __shared__ uint32_t sums[32];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -180,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(256)
       end = i * spacing + 2 * d + lengths[warp][i];
     }
     const int start = lane * spacing + 2 * d;
-    out[units * 8 + warp * 32 + lane] = (uint8_t)d;
+    out[units * 4 + warp * 32 + lane] = (uint8_t)d;
 #pragma unroll
     for (int i = 0; i < PAIR_BITS / 32; i++) {
       const int at = start + 32 * i;
@@ -197,17 +200,19 @@ extern "C" __global__ void __launch_bounds__(256)
     before -= mine;
   }
   __syncthreads();
-  if (threadIdx.x < 2 && units % 2) ((uint32_t*)(out + units * 40))[threadIdx.x] = 0;  // padding of the header
+  const int header = pair_header_bytes(units);
+  if ((int)threadIdx.x < header - units * 36) out[units * 36 + threadIdx.x] = 0;
   int all_words = 0, first_word = 0, first_repair = 0, all_repairs = 0;
   for (int u = 0; u < units; u++) {
     if (u < warp) first_word += words[u], first_repair += repairs[u];
     all_words += words[u], all_repairs += repairs[u];
   }
-  first_repair += all_words;
-  const int used = all_words + all_repairs, padded = (ceil_div(pair_header_bytes(units) + units * Pair::UNIT_BYTES + 4 * used, 16) * 16 - pair_header_bytes(units) - units * Pair::UNIT_BYTES) / 4;
-  if ((int)threadIdx.x < padded - used) stream[used + threadIdx.x] = 0;
+  first_word += all_repairs;
+  const int used = all_words + all_repairs;
+  if (used > MAX_TAIL) return;  // whoever reads pair_scan's totals refuses the matrix
+  if ((int)threadIdx.x < -used % 4 + (used % 4 ? 4 : 0)) stream[used + threadIdx.x] = 0;
   if (warp >= units) return;
-  if (lane == 0) ((uint2*)out)[warp] = make_uint2(first_word | spacing << 16, first_repair | repairs[warp] << 16);
+  if (lane == 0) ((uint32_t*)out)[warp] = first_word | (spacing - 1) << 12 | repairs[warp] << 20;
   for (int i = lane; i < words[warp]; i += 32) stream[first_word + i] = buffer[warp][i];
   int at = first_repair + before;
   uint32_t sm[4] = {0, 0, 0, 0};
@@ -216,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(256)
     // Under a repair lies a value of the weight's sign, below 2^-126 but not zero: zero times infinity would be NaN.
     const auto byte = [](uint32_t w, bool repaired) { return (w >> 8 & 0x80) | (repaired ? 1 : w & 0x7F); };
     sm[p / 2] |= byte(w0, repair0) << 8 * h | byte(w1, repair1) << (16 + 8 * h);
-    const uint32_t place = (32 * j + 8 * t + (p & ~1)) << 4 | (g + 8 * h);
+    const uint32_t place = (warp * UNIT_COLS + 32 * j + 8 * t + (p & ~1)) << 4 | (g + 8 * h);
     if (repair0) stream[at++] = w0 << 16 | place;
     if (repair1) stream[at++] = w1 << 16 | (place + 16);
     if (p == 7) {
@@ -236,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* wei
   const uint32_t table_at = shared_address(memory), at = table_at + TABLE_BYTES, by128 = blockDim.y * 128;
   const bool aligned = ((size_t)out & 15) == 0 && stride % 8 == 0;
   const uint64_t policy = evict_first_policy();
-  load_table<256>(table_at, table, tid);
+  Table<256>(table, tid).store(table_at, tid);
   let_next_kernel_start();
   bool first = true;
   for (int i = blockIdx.x; i < stages; i += gridDim.x) {
@@ -251,10 +256,9 @@ extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* wei
     async_wait<0>();
     __syncthreads();
     if (warp >= units) continue;
-    const uint32_t bytes = at + pair_header_bytes(units), words = bytes + units * Pair::UNIT_BYTES;
-    const uint2 head = lds64(at + 8 * warp);
+    const uint32_t bytes = at + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES, head = lds32(at + 4 * warp);
     PairStreams<1> stream;
-    stream.start(0, words, head.x, lds_s8(at + units * 8 + 32 * warp + lane), lane);
+    stream.start(0, tail, head, lds_s8(at + units * 4 + 32 * warp + lane), lane);
     const int row = tile * TILE_ROWS + g, col = (stage * Pair::UNITS + warp) * UNIT_COLS;
     uint16_t* const to = out + (size_t)(row - tile0 * TILE_ROWS) * stride + col + t * 8;
 #pragma unroll 1
@@ -279,10 +283,10 @@ extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* wei
       }
     }
     __syncwarp();
-    const uint32_t repairs = words + (head.y & 0xFFFF) * 4;
-    for (int q = lane; q < (int)(head.y >> 16); q += 32) {
-      const uint32_t e = lds32(repairs + 4 * q);
-      out[(size_t)((tile - tile0) * TILE_ROWS + (e & 15)) * stride + col + (e >> 4 & 127)] = (uint16_t)(e >> 16);
+    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+    for (int q = lane; q < repairs; q += 32) {
+      const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
+      if ((int)k / UNIT_COLS == warp) out[(size_t)((tile - tile0) * TILE_ROWS + (e & 15)) * stride + stage * Pair::UNITS * UNIT_COLS + k] = (uint16_t)(e >> 16);
     }
   }
 }

@@ -7,12 +7,15 @@
 // also for infinities. Exponent 255 is never in the table, exponent 0 needs no repair.
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
-//           n x 8 bytes      u16 first word, u16 bits between lanes A, u16 first repair, u16 repairs; both counted in words from `words`
+//           n x u32          first word | (A - 1) << 12 | repairs << 20: words counted from `tail`, A the bits between lanes
 //           n x 32 bytes     d (i8) of each lane; padded to 16 bytes
 //           n x 2048 bytes   sign and mantissa as in `fixed`
-//           words            lane i's codes start at bit i A + 2 d[i] of the unit's words, least significant bit first, 32 pairs: j, then p
-//           repairs          value as bf16 << 16 | column in the unit << 4 | row
+//           tail             repairs of all units in their order: value as bf16 << 16 | column in the stage << 4 | row;
+//                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit first, 32 pairs: j, then p
 // Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is the end.
+//
+// A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its stages would not
+// fit a ring anyway.
 //
 // Budget per pair: PRMT + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 7 with refills; 5.2 instructions a weight in
 // all. The table is there once for each lane (32 KB), so that look-ups never meet in a bank. A look-up chain is long: each warp runs
@@ -27,26 +30,30 @@ struct Pair {
   static constexpr int UNIT_BYTES = 2048, TRAILER = 0;  // of Shape only counts are used
 };
 constexpr int TABLE_BYTES = 256 * 128;
-constexpr int PAIR_BITS = 256, MAX_WORDS = 265;  // bits of a lane, words of a unit at most
+constexpr int PAIR_BITS = 256, MAX_WORDS = 265, MAX_TAIL = 4095;  // bits of a lane, words of a unit, of a tail at most
 
-__host__ __device__ constexpr int pair_header_bytes(int units) { return (units * 40 + 15) / 16 * 16; }
+__host__ __device__ constexpr int pair_header_bytes(int units) { return (units * 36 + 15) / 16 * 16; }
 
-// The table, replicated: entry i of lane l at 128 i + 4 l. Called by THREADS threads.
-template <int THREADS> __device__ __forceinline__ void load_table(uint32_t at, const uint32_t* table, int tid) {
-  constexpr int N = 2048 / THREADS;
+// The table on its way to shared memory, where entry i of lane l is at 128 i + 4 l.
+template <int THREADS> struct Table {
+  static constexpr int N = 2048 / THREADS;
   uint32_t v[N];
+  __device__ __forceinline__ Table(const uint32_t* table, int tid) {
 #pragma unroll
-  for (int q = 0; q < N; q++) v[q] = __ldg(table + (tid + q * THREADS) / 8);
+    for (int q = 0; q < N; q++) v[q] = __ldg(table + (tid + q * THREADS) / 8);
+  }
+  __device__ __forceinline__ void store(uint32_t at, int tid) const {
 #pragma unroll
-  for (int q = 0; q < N; q++) sts128(at + (tid + q * THREADS) * 16, make_uint4(v[q], v[q], v[q], v[q]));
-}
+    for (int q = 0; q < N; q++) sts128(at + (tid + q * THREADS) * 16, make_uint4(v[q], v[q], v[q], v[q]));
+  }
+};
 
 // U units side by side: their places in the bit streams and the next three words of each.
 template <int U> struct PairStreams {
   uint32_t bit[U], at[U], w0[U], w1[U], w2[U];
-  __device__ __forceinline__ void start(int u, uint32_t words, uint32_t head, int d, int lane) {
-    bit[u] = (head >> 16) * lane + 2 * d;
-    at[u] = words + (head & 0xFFFF) * 4 + (bit[u] >> 5) * 4;
+  __device__ __forceinline__ void start(int u, uint32_t tail, uint32_t head, int d, int lane) {
+    bit[u] = ((head >> 12 & 255) + 1) * lane + 2 * d;
+    at[u] = tail + (head & 4095) * 4 + (bit[u] >> 5) * 4;
     w0[u] = lds32(at[u]), w1[u] = lds32(at[u] + 4), w2[u] = lds32(at[u] + 8);
   }
   // Four codes of every unit, at most 32 bits.

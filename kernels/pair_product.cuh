@@ -92,42 +92,61 @@ struct PairRing {  // a simple exchange: all threads copy a round of four stages
 };
 #endif
 
-// The repairs of a unit, one after the other: each lane adds to the sums that it holds.
+// Sixteen repairs are one more product: its columns of A hold a weight in the repair's row, B the activations that it meets. The zeros of A must
+// not meet infinities, so B has +-1 in their place, and for NaN: what the main product makes of the weight's stand-in is infinite, or NaN, already.
 template <int NB>
-__device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, const uint32_t (&x_pair)[NB][2], uint32_t column, float (&c)[NB][4]) {
-  const uint32_t g = lane >> 2;
-#pragma unroll 2
-  for (int i = 0; i < count; i++) {
-    const uint32_t e = lds32(at + 4 * i), k = column + (e >> 4 & 127) * 2;
-    const float w = __uint_as_float(e & 0xFFFF0000u);
-    const bool top = (e & 15) == g, bottom = (e & 15) == g + 8;
+__device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, const uint32_t (&x_column)[NB], float (&c)[NB][4]) {
+  const uint32_t g = lane >> 2, t = lane & 3;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 16) {
+    uint32_t top[2] = {0, 0}, bottom[2] = {0, 0}, k[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int which = first + 8 * (i >> 1) + 2 * t + (i & 1);
+      const uint32_t e = lds32(at + 4 * min(which, count - 1)), row = which < count ? e & 15 : 16;
+      k[i] = e >> 3 & 0x7FE;
+      const uint32_t value = i & 1 ? e & 0xFFFF0000u : e >> 16;
+      if (row == g) top[i >> 1] |= value;
+      if (row == g + 8) bottom[i >> 1] |= value;
+    }
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
-      const float x0 = __uint_as_float(lds16(x_pair[nb][0] + k) << 16), x1 = __uint_as_float(lds16(x_pair[nb][1] + k) << 16);
-      if (top) c[nb][0] = fmaf(w, x0, c[nb][0]), c[nb][1] = fmaf(w, x1, c[nb][1]);
-      if (bottom) c[nb][2] = fmaf(w, x0, c[nb][2]), c[nb][3] = fmaf(w, x1, c[nb][3]);
+      uint32_t b[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        b[i] = lds16(x_column[nb] + k[2 * i]) | lds16(x_column[nb] + k[2 * i + 1]) << 16;
+        const uint32_t not_finite = ((b[i] & 0x7F807F80u) + 0x00800080u) & 0x80008000u;
+        if (not_finite) {
+          const uint32_t mask = (not_finite >> 15) * 0xFFFFu;
+          b[i] = (b[i] & ~mask) | (((b[i] & 0x80008000u) | 0x3F803F80u) & mask);
+        }
+      }
+      mma(c[nb], top[0], bottom[0], top[1], bottom[1], b[0], b[1]);
     }
   }
 }
 
-// Four units of a stage (fewer at its end) times their activations.
+// Four units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in a row of activations.
 template <int NB>
-__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane, const uint32_t (&x_row)[NB],
-                                               const uint32_t (&x_pair)[NB][2], uint32_t zeros, uint32_t column, float (&c0)[NB][4], float (&c1)[NB][4]) {
+__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane, const uint32_t (&x_row)[NB], uint32_t zeros,
+                                               uint32_t column, float (&c0)[NB][4], float (&c1)[NB][4]) {
   constexpr int U = Pair::GROUP;
-  const uint32_t deltas = stage + units * 8, bytes = stage + pair_header_bytes(units), words = bytes + units * 2048, by128 = blockDim.y * 128;
+  const uint32_t deltas = stage + units * 4, bytes = stage + pair_header_bytes(units), tail = bytes + units * 2048, by128 = blockDim.y * 128;
   PairStreams<U> streams;
-  uint32_t at[U], x_at[U][NB], repairs[U];
+  uint32_t at[U], x_at[U][NB], repairs = 0, before = 0;
+  if (first)
+#pragma unroll
+    for (int u = 0; u < U; u++) before += lds32(stage + 4 * u) >> 20;
 #pragma unroll
   for (int u = 0; u < U; u++) {
     const bool there = first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
     const int unit = there ? first + u : first;
-    const uint2 head = lds64(stage + 8 * unit);
-    repairs[u] = there ? head.y : 0;
+    const uint32_t head = lds32(stage + 4 * unit);
+    if (there) repairs += head >> 20;
     at[u] = bytes + unit * 2048 + lane * 16;
 #pragma unroll
-    for (int nb = 0; nb < NB; nb++) x_at[u][nb] = there ? x_row[nb] + column + u * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
-    streams.start(u, words, head.x, lds_s8(deltas + 32 * unit + lane), lane);
+    for (int nb = 0; nb < NB; nb++) x_at[u][nb] = there ? x_row[nb] + column + (first + u) * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
+    streams.start(u, tail, head, lds_s8(deltas + 32 * unit + lane), lane);
   }
 #pragma unroll 1
   for (int j = 0; j < 4; j++) {
@@ -149,18 +168,17 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
         join4(a, h ? s[u].z : s[u].x, h ? s[u].w : s[u].y, entry[u]);
 #pragma unroll
         for (int nb = 0; nb < NB; nb++) {
-          if (NB > 1) x[u] = lds128(x_at[u][nb] + 64 * j);
-          if (h == 0) mma(c0[nb], a[0], a[1], a[2], a[3], x[u].x, x[u].y);
-          else mma(c1[nb], a[0], a[1], a[2], a[3], x[u].z, x[u].w);
+          uint2 b = h ? make_uint2(x[u].z, x[u].w) : make_uint2(x[u].x, x[u].y);
+          if (NB > 1) b = lds64(x_at[u][nb] + 64 * j + 8 * h);
+          mma(h ? c1[nb] : c0[nb], a[0], a[1], a[2], a[3], b.x, b.y);
         }
       }
     }
   }
-#pragma unroll 1
-  for (int u = 0; u < U; u++) {
-    const uint32_t r = u == 0 ? repairs[0] : u == 1 ? repairs[1] : u == 2 ? repairs[2] : repairs[3];
-    add_repairs<NB>(words + (r & 0xFFFF) * 4, r >> 16, lane, x_pair, column + u * UNIT_COLS * 2, c0);
-  }
+  uint32_t x_column[NB];
+#pragma unroll
+  for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + column - (lane & 3) * 16;
+  add_repairs<NB>(tail + before * 4, repairs, lane, x_column, c1);
 }
 
 template <int NB> __device__ __forceinline__ void pair_product(const PairProduct& pp) {
@@ -175,22 +193,19 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
   ring.init(tid - CONSUMER_THREADS);
   __syncthreads();
   if (warp == CONSUMERS) return ring.produce(pp, part, lane);
-  load_table<CONSUMER_THREADS>(table, p.overflow, tid);
+  const Table<CONSUMER_THREADS> entries(p.overflow, tid);
   if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
   let_next_kernel_start();
   wait_for_previous_kernel();
   load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(), tid);
   async_commit();
+  entries.store(table, tid);  // while the activations are on their way
   async_wait<0>();
   bar_sync<1, CONSUMER_THREADS>();
 
-  uint32_t x_row[NB], x_pair[NB][2];  // of the B fragments; of the columns whose sums this lane holds
+  uint32_t x_row[NB];
 #pragma unroll
-  for (int nb = 0; nb < NB; nb++) {
-    x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
-#pragma unroll
-    for (int i = 0; i < 2; i++) x_pair[nb][i] = xs + min(8 * nb + 2 * t + i, columns - 1) * stride;
-  }
+  for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
   // Groups of a tile: two a stage, but one in a last stage of at most four units.
   const int last_units = part.shape.units_of(part.stage0 + part.stages - 1), groups = 2 * part.stages - (last_units <= Pair::GROUP);
   float c0[NB][4], c1[NB][4];
@@ -205,7 +220,7 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
 #if __CUDA_ARCH__ >= 900
       ring.wait(k);
 #endif
-      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, x_pair, zeros, (stage * Pair::UNITS + first) * UNIT_COLS * 2, c0, c1);
+      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2, c0, c1);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
       if (lane == 0) ring.release(k, units <= Pair::GROUP ? 2 : 1);
