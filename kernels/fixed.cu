@@ -1,6 +1,7 @@
 // Layout `fixed` (fixed.cuh): made from dense rows, turned back into them, multiplied.
 #include "dense.cuh"
 #include "fixed.cuh"
+#include "ids.cuh"
 #include "product.cuh"
 #include "wide.cuh"
 
@@ -103,6 +104,12 @@ extern "C" __global__ void __launch_bounds__(256)
 extern "C" __global__ void __launch_bounds__(256)
     fixed_decode(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride, int tile0) {
   decode_stage<Fixed>(weights, overflow, out, rows, cols, stride, tile0);
+}
+
+// Row ids[i] to row i of out. Grid: ids, stages.
+extern "C" __global__ void __launch_bounds__(256)
+    fixed_ids(const uint8_t* weights, const uint32_t* overflow, const uint32_t* ids, uint16_t* out, int rows, int cols, int stride) {
+  decode_ids<Fixed>(weights, overflow, ids, out, rows, cols, stride);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_8(const __grid_constant__ Product p) { narrow_product<Fixed, 1>(p); }

@@ -1,4 +1,5 @@
 // Layouts `int8`, `int5`, `int4` (integers.cuh): made from dense bf16 integers, turned back into weights, multiplied.
+#include "ids.cuh"
 #include "integers.cuh"
 #include "product.cuh"
 #include "wide.cuh"
@@ -17,6 +18,10 @@ using namespace taper;
   extern "C" __global__ void __launch_bounds__(256) NAME##_decode(const uint8_t* weights, const uint32_t* overflow, const float* row_scale, \
                                                                   uint16_t* out, int out_type, int rows, int cols, int stride, int tile0) { \
     decode_stage<L>(weights, overflow, out, rows, cols, stride, tile0, row_scale, out_type);                                             \
+  }                                                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256) NAME##_ids(const uint8_t* weights, const uint32_t* overflow, const float* row_scale,  \
+                                                               const uint32_t* ids, float* out, int rows, int cols, int stride) {        \
+    decode_ids<L>(weights, overflow, ids, out, rows, cols, stride, row_scale);                                                           \
   }                                                                                                                                      \
   extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_8(const __grid_constant__ Product p) { narrow_product<L, 1>(p); }   \
   extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_16(const __grid_constant__ Product p) { narrow_product<L, 2>(p); }  \

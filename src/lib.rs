@@ -59,6 +59,8 @@ pub mod checkpoint;
 pub mod codec;
 pub mod convert;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 pub mod format;
 pub mod inspect;

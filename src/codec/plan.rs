@@ -112,6 +112,11 @@ impl Plan {
         !matches!(self.scale, ScaleLayout::None | ScaleLayout::Levels)
     }
 
+    /// True if every weight, as products take it, is a BF16 number.
+    pub fn exact_in_bf16(&self) -> bool {
+        matches!(self.kind, Kind::Bf16 | Kind::F8E4M3 | Kind::F8E5M2) || self.kind == Kind::Int8 && !self.quantised()
+    }
+
     /// Levels work on exponents, and need an escape for those that no class reaches.
     pub(crate) fn allows_levels(&self) -> bool {
         self.kind.is_float() && self.map.escape.is_some()

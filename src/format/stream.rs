@@ -126,6 +126,11 @@ impl<'a> TileStream<'a> {
         self.header.preamble_bytes() as usize
     }
 
+    /// The stream itself.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.data
+    }
+
     /// Bytes of the whole stream.
     pub fn total_bytes(&self) -> usize {
         self.data.len()

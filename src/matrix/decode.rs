@@ -267,6 +267,14 @@ impl<'a> CompressedMatrix<'a> {
         Ok(())
     }
 
+    /// Compares the checksums of all tiles that have not been used yet, in parallel. Nothing is decoded.
+    ///
+    /// # Errors
+    /// If a tile's bytes are not what they were, or do not divide into bands.
+    pub fn check_tiles(&self) -> Result<()> {
+        (0..self.geometry().tiles()).into_par_iter().try_for_each(|tile| self.open_band(tile, 0).map(drop))
+    }
+
     /// Where tile `index` lies, if there is one.
     fn tile_rect(&self, index: usize) -> Result<Rect> {
         let tiles = self.geometry().tiles();

@@ -16,6 +16,7 @@
 mod analyse;
 mod decode;
 mod encode;
+mod gpu_layout;
 mod options;
 mod product;
 mod rate;
@@ -24,6 +25,7 @@ mod weight;
 
 pub use decode::CompressedMatrix;
 pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
+pub use gpu_layout::GpuLayout;
 pub use options::{Activations, Codec, Options};
 pub use product::{Executor, RayonExecutor, matmul_each};
 pub use source::Source;

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use super::weights::{dense_tensor, expect_shape};
 use super::{Llama, Weights};
 use crate::convert::{Progress, check_cancelled};
-use crate::matrix::Weight;
+use crate::matrix::{GpuLayout, Weight};
 use crate::nn::{CompressedEmbedding, CompressedLinear};
 use crate::{Checkpoint, Options, Result};
 
@@ -17,24 +17,32 @@ use crate::{Checkpoint, Options, Result};
 pub type CompressedLlama = Llama<CompressedLinear, CompressedEmbedding>;
 
 /// Layers that keep a checkpoint's compressed matrices in its memory map; what is not compressed there is compressed when
-/// it is asked for. On the CPU.
+/// it is asked for. On the CPU, unless [`CompressedWeights::with_device`] says otherwise.
 #[derive(Clone)]
 pub struct CompressedWeights {
     checkpoint: Arc<Checkpoint>,
     dtype: DType,
     options: Options,
     progress: Arc<dyn Progress + Send + Sync>,
+    device: Device,
+    layout: GpuLayout,
 }
 
 impl CompressedWeights {
     /// The tensors of `checkpoint`, for activations of `dtype`; plain matrices are compressed as `options` say.
     pub fn new(checkpoint: Arc<Checkpoint>, dtype: DType, options: Options) -> CompressedWeights {
-        CompressedWeights { checkpoint, dtype, options, progress: Arc::new(()) }
+        let (progress, device, layout) = (Arc::new(()), Device::Cpu, GpuLayout::Auto);
+        CompressedWeights { checkpoint, dtype, options, progress, device, layout }
     }
 
     /// Reports each matrix that is compressed now.
     pub fn with_progress(self, progress: Arc<dyn Progress + Send + Sync>) -> CompressedWeights {
         CompressedWeights { progress, ..self }
+    }
+
+    /// Layers on `device`. On a GPU each matrix is uploaded compressed and kept as `layout` says.
+    pub fn with_device(self, device: &Device, layout: GpuLayout) -> CompressedWeights {
+        CompressedWeights { device: device.clone(), layout, ..self }
     }
 
     /// A matrix of this shape.
@@ -63,15 +71,17 @@ impl Weights for CompressedWeights {
     type Embedding = CompressedEmbedding;
 
     fn linear(&self, name: &str, out_dim: usize, in_dim: usize) -> Result<CompressedLinear> {
-        Ok(CompressedLinear::new(self.weight(name, &[out_dim, in_dim])?, None))
+        let weight = self.weight(name, &[out_dim, in_dim])?;
+        Ok(CompressedLinear::on(weight, None, &self.device, self.layout)?)
     }
 
     fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Result<CompressedEmbedding> {
-        Ok(CompressedEmbedding::new(self.weight(name, &[vocab, dim])?, self.dtype))
+        let weight = self.weight(name, &[vocab, dim])?;
+        Ok(CompressedEmbedding::on(weight, self.dtype, &self.device, self.layout)?)
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        dense_tensor(&self.checkpoint, name, shape, self.dtype, &Device::Cpu)
+        dense_tensor(&self.checkpoint, name, shape, self.dtype, &self.device)
     }
 
     fn tied_lm_head(&self, embedding: &CompressedEmbedding) -> Result<CompressedLinear> {
@@ -91,7 +101,7 @@ impl Weights for CompressedWeights {
     }
 
     fn device(&self) -> &Device {
-        &Device::Cpu
+        &self.device
     }
 }
 
@@ -103,8 +113,22 @@ impl CompressedLlama {
     /// If `config.json` is missing, does not describe a Llama or asks for something that this model lacks; and as
     /// [`Checkpoint::open`] and [`Llama::load`].
     pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, options: &Options) -> Result<Self> {
+        Self::from_pretrained_on(dir, dtype, &Device::Cpu, GpuLayout::Auto, options)
+    }
+
+    /// As [`CompressedLlama::from_pretrained`], on `device`, where a GPU keeps matrices as `layout` says.
+    ///
+    /// # Errors
+    /// As there; and if the device has no room, no kernels or cannot hold a matrix in that layout.
+    pub fn from_pretrained_on(
+        dir: impl AsRef<Path>,
+        dtype: DType,
+        device: &Device,
+        layout: GpuLayout,
+        options: &Options,
+    ) -> Result<Self> {
         let config = super::config::read(&dir)?;
         let checkpoint = Arc::new(Checkpoint::open(&dir)?);
-        Self::load(&CompressedWeights::new(checkpoint, dtype, options.clone()), &config)
+        Self::load(&CompressedWeights::new(checkpoint, dtype, options.clone()).with_device(device, layout), &config)
     }
 }

@@ -9,20 +9,29 @@ use candle_core::{DType, Device, Module, Result, Tensor, bail};
 use super::{CompressedLinear, bytes_to_tensor, compress_tensor};
 use crate::checkpoint::Checkpoint;
 use crate::codec::BAND_ROWS;
-use crate::matrix::{Options, Weight};
+use crate::matrix::{GpuLayout, Options, Weight};
+use crate::ops::CompressedMatmul;
 
 /// Replaces [`candle_nn::Embedding`]: a table of shape `[vocabulary, hidden]` kept compressed. Only the strips of 64 rows
 /// that hold the ids asked for are decoded.
 #[derive(Clone, Debug)]
 pub struct CompressedEmbedding {
-    weight: Weight,
+    op: CompressedMatmul,
     dtype: DType,
 }
 
 impl CompressedEmbedding {
     /// Takes a compressed table; embeddings come out in `dtype`.
     pub fn new(weight: Weight, dtype: DType) -> CompressedEmbedding {
-        CompressedEmbedding { weight, dtype }
+        CompressedEmbedding { op: CompressedMatmul::new(weight), dtype }
+    }
+
+    /// As [`CompressedEmbedding::new`], on `device`; on a GPU the table is kept as `layout` says.
+    ///
+    /// # Errors
+    /// As [`CompressedMatmul::on`].
+    pub fn on(weight: Weight, dtype: DType, device: &Device, layout: GpuLayout) -> Result<CompressedEmbedding> {
+        Ok(CompressedEmbedding { op: CompressedMatmul::on(weight, device, layout)?, dtype })
     }
 
     /// Compresses a table (bf16, f16 or f32); embeddings come out in its dtype.
@@ -45,19 +54,29 @@ impl CompressedEmbedding {
 
     /// The compressed table.
     pub fn weight(&self) -> &Weight {
-        &self.weight
+        self.op.weight()
+    }
+
+    /// The layout in a GPU's memory, and the bytes that it takes there; `None` on the CPU.
+    pub fn in_use(&self) -> Option<(GpuLayout, usize)> {
+        self.op.in_use()
     }
 
     /// The output layer that shares this table (a tied `lm_head`).
     pub fn as_linear(&self) -> CompressedLinear {
-        CompressedLinear::new(self.weight.clone(), None)
+        CompressedLinear::of(self.op.clone(), None)
     }
 }
 
 impl Module for CompressedEmbedding {
-    /// `ids` of any shape and an integer dtype; the result has one more dimension, `hidden`.
+    /// `ids` of any shape and an integer dtype; the result has one more dimension, `hidden`. An id outside the table is an
+    /// error, except where ids and table are on a GPU, which would have to be waited for: its embedding is zeros.
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let matrix = self.weight.matrix()?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = self.op.gpu() {
+            return self.forward_on(&device, ids);
+        }
+        let matrix = self.weight().matrix()?;
         let (vocabulary, hidden) = (matrix.geometry().rows, matrix.geometry().cols);
         let flat = ids.to_dtype(DType::U32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u32>()?;
         let row_bytes = hidden * matrix.dtype().size();
@@ -78,5 +97,21 @@ impl Module for CompressedEmbedding {
         }
         let shape = [ids.dims(), &[hidden]].concat();
         bytes_to_tensor(&bytes, matrix.dtype(), (flat.len(), hidden))?.to_dtype(self.dtype)?.reshape(shape)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl CompressedEmbedding {
+    /// The rows of a table on a GPU.
+    fn forward_on(&self, device: &Device, ids: &Tensor) -> Result<Tensor> {
+        let geometry = self.weight().geometry();
+        let ids = ids.to_dtype(DType::U32)?.contiguous()?;
+        if ids.device().is_cpu()
+            && let Some(id) = ids.flatten_all()?.to_vec1::<u32>()?.iter().find(|&&id| id as usize >= geometry.rows)
+        {
+            bail!("token id {id} is not in a vocabulary of {}", geometry.rows)
+        }
+        let rows = self.op.embed(&ids.to_device(device)?, self.dtype)?;
+        rows.reshape([ids.dims(), &[geometry.cols]].concat())
     }
 }

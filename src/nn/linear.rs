@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{Module, Result, Tensor, bail};
+use candle_core::{Device, Module, Result, Tensor, bail};
 use candle_nn::Linear;
 
 use super::{bytes_to_tensor, compress_tensor};
 use crate::checkpoint::Checkpoint;
-use crate::matrix::{Options, Weight};
+use crate::matrix::{GpuLayout, Options, Weight};
 use crate::ops::{CompressedMatmul, compressed_linear, compressed_linears};
 
 /// Replaces [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` kept compressed.
@@ -21,8 +21,34 @@ pub struct CompressedLinear {
 impl CompressedLinear {
     /// Takes a compressed weight and perhaps a bias of shape `[out]`.
     pub fn new(weight: Weight, bias: Option<Tensor>) -> CompressedLinear {
+        CompressedLinear::of(CompressedMatmul::new(weight), bias)
+    }
+
+    /// As [`CompressedLinear::new`], on `device`; on a GPU the weight is kept as `layout` says.
+    ///
+    /// # Errors
+    /// As [`CompressedMatmul::on`].
+    pub fn on(weight: Weight, bias: Option<Tensor>, device: &Device, layout: GpuLayout) -> Result<CompressedLinear> {
+        let bias = bias.map(|bias| bias.to_device(device)).transpose()?;
+        Ok(CompressedLinear::of(CompressedMatmul::on(weight, device, layout)?, bias))
+    }
+
+    /// The same layer on another device.
+    ///
+    /// # Errors
+    /// As [`CompressedLinear::on`].
+    pub fn to_device(&self, device: &Device, layout: GpuLayout) -> Result<CompressedLinear> {
+        CompressedLinear::on(self.weight().clone(), self.bias.clone(), device, layout)
+    }
+
+    pub(super) fn of(op: CompressedMatmul, bias: Option<Tensor>) -> CompressedLinear {
         let span = tracing::span!(tracing::Level::TRACE, "compressed-linear");
-        CompressedLinear { op: CompressedMatmul::new(weight), bias, span }
+        CompressedLinear { op, bias, span }
+    }
+
+    /// The layout in a GPU's memory, and the bytes that it takes there; `None` on the CPU.
+    pub fn in_use(&self) -> Option<(GpuLayout, usize)> {
+        self.op.in_use()
     }
 
     /// Compresses a weight of shape `[out, in]` (bf16, f16 or f32).

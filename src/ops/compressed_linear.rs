@@ -1,10 +1,11 @@
 //! `Y = X·Wᵀ` with a compressed `W`.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 
-use crate::matrix::{Executor, Weight, matmul_each};
+use super::place::{Place, dense_product};
+use crate::matrix::{Executor, GpuLayout, Weight, matmul_each};
 
 /// candle's own pool, so that its threads and ours do not compete.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,12 +24,44 @@ impl Executor for PoolExecutor {
 #[derive(Clone, Debug)]
 pub struct CompressedMatmul {
     weight: Weight,
+    place: Place,
 }
 
 impl CompressedMatmul {
-    /// Holds a weight of `out × in` (rows × columns).
+    /// Holds a weight of `out × in` (rows × columns), to be multiplied on the CPU.
     pub fn new(weight: Weight) -> CompressedMatmul {
-        CompressedMatmul { weight }
+        CompressedMatmul { weight, place: Place::Cpu }
+    }
+
+    /// Holds a weight of `out × in`, to be multiplied on `device`. On a GPU it is kept in its memory as `layout` says.
+    ///
+    /// # Errors
+    /// If a tile is damaged; if the device is neither the CPU nor a GPU that this build has kernels for, its memory is too
+    /// small, or it cannot hold the matrix in that layout.
+    pub fn on(weight: Weight, device: &Device, layout: GpuLayout) -> crate::Result<CompressedMatmul> {
+        let place = Place::new(&weight, device, layout)?;
+        Ok(CompressedMatmul { weight, place })
+    }
+
+    /// The layout in a GPU's memory, and the bytes that it takes there; `None` on the CPU.
+    pub fn in_use(&self) -> Option<(GpuLayout, usize)> {
+        self.place.in_use()
+    }
+
+    /// The GPU that the weight is on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<Device> {
+        self.place.gpu()
+    }
+
+    /// Rows of a matrix on a GPU by their ids (U32, contiguous).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn embed(&self, ids: &Tensor, dtype: candle_core::DType) -> Result<Tensor> {
+        let ids = ids.flatten_all()?;
+        match &self.place {
+            Place::Dense(table) => table.index_select(&ids, 0)?.to_dtype(dtype),
+            _ => ids.apply_op1_no_bwd(&Rows(self.on_gpu()?, dtype)),
+        }
     }
 
     /// The weight.
@@ -36,8 +69,40 @@ impl CompressedMatmul {
         &self.weight
     }
 
+    /// The weight on the GPU.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self) -> Result<&crate::cuda::CudaWeight> {
+        match &self.place {
+            Place::Cuda(weight) => Ok(weight),
+            _ => bail!(
+                "compressed linear{}: the input is on a GPU and the weight on the CPU; load the layer for that device",
+                self.weight.name().map_or(String::new(), |name| format!(" {name}"))
+            ),
+        }
+    }
+
+    /// Names the operation and the tensor in an error.
+    #[cfg(feature = "cuda")]
+    fn named(&self, error: crate::Error) -> candle_core::Error {
+        let name = self.weight.name().map_or(String::new(), |name| format!(" {name}"));
+        candle_core::Error::Msg(format!("compressed linear{name}: {error}"))
+    }
+
+    /// Refuses to run on the CPU what was loaded for a GPU.
+    fn expect_cpu(&self) -> Result<()> {
+        match &self.place {
+            Place::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            _ => bail!(
+                "compressed linear{}: the input is on the CPU and the weight on a GPU; move the input there",
+                self.weight.name().map_or(String::new(), |name| format!(" {name}"))
+            ),
+        }
+    }
+
     /// The rows of a strided activation whose last dimension is `inner`, and its other dimensions.
     fn rows<'l>(&self, storage: &CpuStorage, layout: &'l Layout, inner: usize) -> Result<(Vec<f32>, &'l [usize])> {
+        self.expect_cpu()?;
         let dims = layout.dims();
         let Some((_, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
             let g = self.weight.geometry();
@@ -96,8 +161,18 @@ impl CustomOp1 for CompressedMatmul {
         Ok((store(storage, y), Shape::from([leading, &[g.rows]].concat())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.on_gpu()?.matmul(storage, layout).map_err(|e| self.named(e))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        bail!("compressed linear: this build has no CUDA kernels; build it with feature cuda")
+    }
+
     fn bwd(&self, _arg: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        grad.apply_op1_no_bwd(&Transposed(self)).map(Some)
+        grad.contiguous()?.apply_op1_no_bwd(&Transposed(self)).map(Some)
     }
 }
 
@@ -114,6 +189,31 @@ impl CustomOp1 for Transposed<'_> {
         let (y, leading) = self.0.rows(storage, layout, g.rows)?;
         let x = self.0.weight.matrix()?.matmul_transposed(&y, leading.iter().product(), &PoolExecutor)?;
         Ok((store(storage, x), Shape::from([leading, &[g.cols]].concat())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.on_gpu()?.matmul_transposed(storage, layout).map_err(|e| self.0.named(e))
+    }
+}
+
+/// Rows of a table on a GPU.
+#[cfg(feature = "cuda")]
+struct Rows<'a>(&'a crate::cuda::CudaWeight, candle_core::DType);
+
+#[cfg(feature = "cuda")]
+impl CustomOp1 for Rows<'_> {
+    fn name(&self) -> &'static str {
+        "compressed-embedding"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("compressed embedding: the table is on a GPU, the ids are not")
+    }
+
+    fn cuda_fwd(&self, ids: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let rows = self.0.decode_ids(ids, layout, self.1)?;
+        Ok((rows, Shape::from((layout.shape().elem_count(), self.0.geometry().cols))))
     }
 }
 
@@ -170,6 +270,11 @@ impl CustomOp1 for Merged {
 /// # Errors
 /// If the shapes do not fit (the message has both), the dtype is another, or a tile of the weight is damaged.
 pub fn compressed_linear(x: &Tensor, op: &CompressedMatmul) -> Result<Tensor> {
+    if let Some(dense) = op.place.dense() {
+        return dense_product(x, dense);
+    }
+    // Kernels on a GPU take rows that follow one another.
+    let x = if x.device().is_cpu() { x } else { &x.contiguous()? };
     // Only a tracked argument needs the op to be kept for the way back.
     if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }
 }

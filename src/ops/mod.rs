@@ -2,6 +2,7 @@
 //! activation, and a documented function that applies it.
 
 mod compressed_linear;
+mod place;
 
 pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
 

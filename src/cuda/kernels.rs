@@ -1,0 +1,157 @@
+//! The compiled kernels, loaded once for each GPU context, and the memory that all its weights share.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc;
+use cudarc::driver::sys::{CUdevice_attribute as Property, CUfunction_attribute_enum as Attribute};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use cudarc::nvrtc::Ptx;
+
+use super::packed::{Family, PackedKernels};
+use super::scratch::Scratch;
+use super::upload::Staging;
+use crate::{Error, Result};
+
+/// What `build.rs` compiled.
+#[allow(dead_code)] // the pair layout is not wired up yet
+mod image {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// Kernels of one GPU, and what its weights share.
+pub(super) struct Kernels {
+    pub decode_rows: CudaFunction,
+    pub decode_ids: CudaFunction,
+    pub convert: CudaFunction,
+    pub repair_scan: CudaFunction,
+    packed: Vec<(Family, PackedKernels)>,
+    /// Pinned memory for uploads.
+    pub staging: Mutex<Option<Staging>>,
+    pub scratch: Scratch,
+    /// Multiprocessors of the GPU.
+    pub processors: usize,
+    /// True from compute capability 9.0 on, where a kernel may start before the one that it follows has ended.
+    pub programmatic: bool,
+    context: Arc<CudaContext>,
+}
+
+impl fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kernels(cuda:{})", self.context.ordinal())
+    }
+}
+
+/// candle's error for an error of the driver.
+pub(super) fn driver<T, E>(result: std::result::Result<T, E>) -> Result<T>
+where
+    E: Into<candle_core::cuda_backend::CudaError>,
+{
+    use candle_core::cuda_backend::WrapErr;
+    Ok(result.w()?)
+}
+
+impl Kernels {
+    /// The kernels for a device: loaded when they are first asked for, and again after the last weight is gone.
+    ///
+    /// # Errors
+    /// If the GPU is older than compute capability 8.0, or its driver cannot load the kernels.
+    pub fn of(device: &CudaDevice) -> Result<Arc<Kernels>> {
+        static LOADED: Mutex<Option<HashMap<usize, Weak<Kernels>>>> = Mutex::new(None);
+        let context = device.cuda_stream().context().clone();
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = loaded.get_or_insert_default().entry(context.cu_ctx() as usize).or_default();
+        if let Some(kernels) = slot.upgrade() {
+            return Ok(kernels);
+        }
+        let kernels = Arc::new(Kernels::load(context)?);
+        *slot = Arc::downgrade(&kernels);
+        Ok(kernels)
+    }
+
+    fn load(context: Arc<CudaContext>) -> Result<Kernels> {
+        let capability = driver(context.compute_capability())?;
+        supported(&driver(context.name())?, capability)?;
+        let property = |property| driver(context.attribute(property));
+        let processors = property(Property::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared = property(Property::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
+        let (decode, repair) = (module(image::DECODE)?, module(image::REPAIR)?);
+        let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
+        let packed = Family::ALL.into_iter().map(|family| {
+            let module = if family == Family::Fixed { &fixed } else { &integers };
+            Ok((family, PackedKernels::load(family, module, shared)?))
+        });
+        Ok(Kernels {
+            decode_rows: function(&decode, "taper_decode_rows", shared)?.0,
+            decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
+            convert: function(&decode, "taper_convert", 0)?.0,
+            repair_scan: function(&repair, "repair_scan", 0)?.0,
+            packed: packed.collect::<Result<_>>()?,
+            staging: Mutex::new(None),
+            scratch: Scratch::new(processors as usize),
+            processors: processors as usize,
+            programmatic: capability >= (9, 0),
+            context,
+        })
+    }
+
+    /// The kernels of a layout.
+    pub fn packed(&self, family: Family) -> Result<&PackedKernels> {
+        let kernels = self.packed.iter().find(|(of, _)| *of == family);
+        kernels.map(|(_, kernels)| kernels).ok_or_else(|| Error::Unsupported(format!("no kernels for {family:?}")))
+    }
+}
+
+/// A kernel, and how much dynamic shared memory its blocks may ask for, of `most` bytes that a block may have.
+pub(super) fn function(module: &Arc<CudaModule>, name: &str, most: i32) -> Result<(CudaFunction, usize)> {
+    let function = driver(module.load_function(name))?;
+    let room = (most - driver(function.shared_size_bytes())?).max(0);
+    if most > 0 {
+        driver(function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, room))?;
+    }
+    Ok((function, room as usize))
+}
+
+/// Refuses GPUs without what the kernels are made of.
+fn supported(name: &str, capability: (i32, i32)) -> Result<()> {
+    if capability >= (8, 0) {
+        return Ok(());
+    }
+    let (major, minor) = capability;
+    Err(Error::Unsupported(format!(
+        "{name} has compute capability {major}.{minor}; compressed layers need 8.0 (Ampere) or later: run them on the CPU, or \
+         restore the checkpoint with `taper decompress`"
+    )))
+}
+
+/// Says what there is no room for, if that is the error.
+pub(super) fn no_room(error: Error, what: &str) -> Error {
+    let text = error.to_string();
+    if !text.contains("OUT_OF_MEMORY") && !text.contains("ALLOC_FAILED") {
+        return error;
+    }
+    Error::Unsupported(format!(
+        "the GPU has no room for {what}: choose a smaller layout or codec, a larger GPU, or the CPU"
+    ))
+}
+
+/// As [`no_room`], for an allocation of `bytes`.
+pub(super) fn out_of_memory(error: candle_core::Error, bytes: usize, what: &str) -> Error {
+    no_room(error.into(), &format!("{what} of {bytes} bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_gpus_are_refused_with_a_way_out() {
+        assert!(supported("A100", (8, 0)).is_ok() && supported("H100", (9, 0)).is_ok());
+        let error = supported("Tesla T4", (7, 5)).unwrap_err().to_string();
+        assert!(error.contains("T4") && error.contains("7.5") && error.contains("CPU"), "{error}");
+    }
+}

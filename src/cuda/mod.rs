@@ -1,0 +1,46 @@
+//! Compressed matrices on NVIDIA GPUs (feature `cuda`, compute capability 8.0 and up).
+//!
+//! # Read me first
+//!
+//! 1. **Only compressed bytes travel.** A [`CudaWeight`] uploads the tile stream through pinned buffers, compares every
+//!    tile's checksum on the way, and has the GPU decode every tile once, so that damage is an error when a model loads
+//!    and nothing needs to be asked later.
+//! 2. **At rest and in use are two things.** A [`Layout`] says what stays in the GPU's memory: the stream itself, a layout
+//!    that a fused kernel multiplies with, or plain weights. The stream is turned into it on the GPU, in blocks of rows.
+//! 3. **Few rows of activations take a fused kernel, many take cuBLAS**: blocks of rows are decoded into a workspace of
+//!    bounded size, one per GPU, and multiplied with candle's own cuBLAS handle.
+//! 4. **A product allocates its result and nothing else**, uploads nothing and never waits, so that it can be captured in a
+//!    CUDA graph.
+//!
+//! Kernels are compiled by `build.rs` and loaded into candle's own context, once for each GPU. All `unsafe` of this
+//! layer is in its files, behind safe doors: they check sizes before anything is launched.
+//!
+//! `Device::new_cuda` gives each thread a stream of its own, which nothing orders. A model may move to another thread
+//! when the first has no work in flight; `Device::new_cuda_with_stream` has one stream for all threads. Before a graph is
+//! captured on such a stream, `CudaDevice::disable_event_tracking` must have been called, before anything was loaded.
+
+mod decode;
+mod gemm;
+mod kernels;
+mod packed;
+mod scratch;
+mod upload;
+mod weight;
+
+pub use decode::DeviceStream;
+pub use packed::set_programmatic_launch;
+pub use weight::CudaWeight;
+
+use candle_core::DType;
+
+use crate::codec::Dtype;
+
+/// What a decoded weight is to a kernel.
+fn dtype_of(dtype: DType) -> crate::Result<Dtype> {
+    match dtype {
+        DType::BF16 => Ok(Dtype::Bf16),
+        DType::F16 => Ok(Dtype::F16),
+        DType::F32 => Ok(Dtype::F32),
+        other => Err(crate::Error::Unsupported(format!("activations of {other:?}: allowed are f32, bf16 and f16"))),
+    }
+}
