@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use candle_taper::matrix::Activations;
 use candle_taper::matrix::GpuLayout;
 use candle_taper::models::CompressedLlama;
 use candle_taper::{Codec, Options};
@@ -46,7 +47,7 @@ fn greedy_text_equals_the_cpus() {
             greedy(&llama, &prompt, count)
         };
         for codec in [Codec::Lossless, Codec::Int8] {
-            let options = Options { codec, ..Options::default() };
+            let options = Options { codec, activations: Activations::Exact, ..Options::default() };
             let expected = on(&Device::Cpu, GpuLayout::Auto, DType::F32, &options);
             for layout in [GpuLayout::Auto, GpuLayout::Rans, GpuLayout::Dense] {
                 if layout == GpuLayout::Dense && codec != Codec::Lossless {
