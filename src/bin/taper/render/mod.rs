@@ -11,7 +11,9 @@ mod totals;
 
 pub use html::html;
 pub use json::json;
-pub use table::{align, table};
+#[cfg(feature = "candle")]
+pub use table::align;
+pub use table::table;
 
 use candle_taper::inspect::{Parts, TensorInfo};
 
