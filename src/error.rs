@@ -87,6 +87,14 @@ pub enum Error {
     /// The caller's arguments do not fit together.
     #[error("{0}")]
     Invalid(String),
+    /// A model on the Hugging Face hub cannot be had.
+    #[error("{id}: {text}")]
+    Hub {
+        /// The model's repository.
+        id: String,
+        /// Why, and what to do.
+        text: String,
+    },
     /// An error of candle's.
     #[cfg(feature = "candle")]
     #[error("{0}")]
@@ -109,6 +117,14 @@ impl Error {
 
     pub(crate) fn field(field: &'static str, got: impl ToString, allowed: impl ToString) -> Error {
         Error::Field { field, got: got.to_string(), allowed: allowed.to_string() }
+    }
+
+    /// Data of a format version that this build lacks.
+    pub(crate) fn version(what: &str, found: impl std::fmt::Display, reads: impl std::fmt::Display) -> Error {
+        Error::Unsupported(format!(
+            "{what} has format version {found}, written by a newer candle-taper; this build reads version {reads}: update \
+             candle-taper"
+        ))
     }
 
     /// Wraps the error with the file it occurred in.

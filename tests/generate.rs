@@ -139,6 +139,16 @@ fn errors_say_what_to_do() {
     };
     fails(&tiny, &["--revision", "main"], "--revision goes with --model-id");
     fails(&tiny, &["--use-flash-attn"], "GPU");
+    #[cfg(not(feature = "hub"))]
+    for flags in [["--model-id", "meta-llama/Llama-3.2-1B"], ["--which", "v32-1b"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_taper")).arg("generate").args(flags).output().unwrap();
+        let text = error(&output);
+        for part in ["meta-llama/Llama-3.2-1B: ", "--features hub", "hf download meta-llama/Llama-3.2-1B"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+    let unknown = generate(&tiny, &["--which", "v9"], "");
+    assert!(unknown.status.code() == Some(2) && String::from_utf8_lossy(&unknown.stderr).contains("v32-1b"));
     fails(&tiny, &["--top-k", "0"], "--top-k");
     fails(&tiny, &["--repeat-penalty", "0"], "--repeat-penalty");
     fails(&tiny, &["--top-p", "nan"], "--top-p");

@@ -86,10 +86,7 @@ impl Header {
             return Err(Error::field("magic", format!("{:#010x}", u32_at(b, 0)), format!("{MAGIC:#010x}")));
         }
         if u16_at(b, 4) != VERSION {
-            return Err(Error::Unsupported(format!(
-                "the tile stream has format version {}, this build reads version {VERSION}: update candle-taper",
-                u16_at(b, 4)
-            )));
+            return Err(Error::version("the tile stream", u16_at(b, 4), VERSION));
         }
         let (rows, cols) = (u32_at(b, 8), u32_at(b, 12));
         if rows == 0 || cols == 0 {

@@ -61,10 +61,7 @@ impl Manifest {
         }
         let version: Version = serde_json::from_str(text).map_err(|e| Error::Malformed(e.to_string()))?;
         if version.version != VERSION {
-            return Err(Error::Unsupported(format!(
-                "the checkpoint has format version {}, this build reads version {VERSION}: update candle-taper",
-                version.version
-            )));
+            return Err(Error::version("the checkpoint", version.version, VERSION));
         }
         let manifest: Manifest = serde_json::from_str(text).map_err(|e| Error::Malformed(e.to_string()))?;
         let stored = checksum::from_hex(&manifest.checksum);

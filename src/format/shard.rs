@@ -61,9 +61,7 @@ impl<'a> Shard<'a> {
             None => return Err(Error::Unsupported("not compressed by taper".into())),
             Some(SHARD_VERSION) => {}
             Some(other) => {
-                return Err(Error::Unsupported(format!(
-                    "compressed with format version {other}, this build reads version {SHARD_VERSION}: update candle-taper"
-                )));
+                return Err(Error::version("the compressed file", other, SHARD_VERSION));
             }
         }
         let digits = header.metadata(HEADER_KEY).unwrap_or_default();

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::weights::{dense_tensor, expect_shape};
+use super::weights::{decode_tensor, dense_tensor, expect_floats};
 use super::{Llama, Weights};
+use crate::checkpoint::TensorInfo;
+use crate::codec::Dtype;
 use crate::convert::{Progress, check_cancelled};
 use crate::matrix::{GpuLayout, Weight};
 use crate::nn::{CompressedEmbedding, CompressedLinear};
@@ -47,16 +49,20 @@ impl CompressedWeights {
 
     /// A matrix of this shape.
     fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
-        expect_shape(&self.checkpoint, name, shape)?;
+        let info = expect_floats(&self.checkpoint, name, shape)?;
         check_cancelled(&*self.progress)?;
-        let info = self.checkpoint.info(name)?;
         if info.compressed {
             return self.checkpoint.weight(name, &self.options);
         }
         self.progress.tensor(name);
-        let weight = self.checkpoint.weight(name, &self.options);
+        let weight = if Dtype::from_name(&info.dtype).is_some() {
+            self.checkpoint.weight(name, &self.options)?
+        } else {
+            let rounded = decode_tensor(&self.checkpoint, name, DType::F32, &Device::Cpu)?;
+            CompressedLinear::from_tensor(&rounded, None, &self.options)?.weight().clone()
+        };
         self.progress.advance(info.stored_bytes);
-        weight
+        Ok(weight)
     }
 }
 
@@ -96,6 +102,15 @@ impl Weights for CompressedWeights {
         self.checkpoint.info(name).is_ok()
     }
 
+    fn notes(&self) -> Vec<String> {
+        let wide = |info: &&TensorInfo| info.shape.len() == 2 && info.dtype == "F64";
+        let names: Vec<&str> = self.checkpoint.tensors().iter().filter(wide).map(|info| info.name.as_str()).collect();
+        match names.first() {
+            None => Vec::new(),
+            Some(first) => vec![format!("{} tensors of F64 are rounded to F32 ({first}, …)", names.len())],
+        }
+    }
+
     fn dtype(&self) -> DType {
         self.dtype
     }
@@ -107,7 +122,8 @@ impl Weights for CompressedWeights {
 
 impl CompressedLlama {
     /// Loads a directory in the Hugging Face layout, compressed or not, into layers that stay compressed. Compressed
-    /// matrices are mapped; plain ones are compressed now as `options` say, one at a time.
+    /// matrices are mapped; plain ones are compressed now as `options` say, one at a time. `dir` may also name a model on
+    /// the Hugging Face hub, see [`hub::resolve`](super::hub::resolve).
     ///
     /// # Errors
     /// If `config.json` is missing, does not describe a Llama or asks for something that this model lacks; and as
@@ -127,6 +143,7 @@ impl CompressedLlama {
         layout: GpuLayout,
         options: &Options,
     ) -> Result<Self> {
+        let dir = super::hub::resolve(dir.as_ref())?;
         let config = super::config::read(&dir)?;
         let checkpoint = Arc::new(Checkpoint::open(&dir)?);
         Self::load(&CompressedWeights::new(checkpoint, dtype, options.clone()).with_device(device, layout), &config)

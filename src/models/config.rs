@@ -58,10 +58,7 @@ fn check_quantisation(quantisation: &Value) -> Result<()> {
         }
     }
     if let Some(format) = quantisation["format"].as_u64().filter(|&format| format != u64::from(manifest::VERSION)) {
-        return Err(Error::Unsupported(format!(
-            "written by a newer candle-taper (format {format}); this build reads format {}: update candle-taper",
-            manifest::VERSION
-        )));
+        return Err(Error::version("the checkpoint", format, manifest::VERSION));
     }
     // What the weights were before this crate compressed them.
     check_quantisation(&quantisation["original"])

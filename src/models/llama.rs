@@ -107,7 +107,7 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
     /// bias or a layer beyond `num_hidden_layers`.
     pub fn load<W: Weights<Linear = L, Embedding = E>>(weights: &W, config: &Config) -> crate::Result<Self> {
         check(config)?;
-        let mut notes = Vec::new();
+        let mut notes = weights.notes();
         let own_head = weights.contains(LM_HEAD);
         if !own_head && !config.tie_word_embeddings {
             notes.push(format!(
@@ -210,12 +210,14 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
 
 impl DenseLlama {
     /// Loads a directory in the Hugging Face layout, compressed or not, into plain candle layers: every weight is
-    /// decoded to `dtype` (F32 is the fastest on a CPU).
+    /// decoded to `dtype` (F32 is the fastest on a CPU). `dir` may also name a model on the Hugging Face hub, see
+    /// [`hub::resolve`](super::hub::resolve).
     ///
     /// # Errors
     /// If `config.json` is missing, does not describe a Llama or asks for something that this model lacks; and as
     /// [`Checkpoint::open`] and [`Llama::load`].
     pub fn from_pretrained(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> crate::Result<Self> {
+        let dir = super::hub::resolve(dir.as_ref())?;
         let config = super::config::read(&dir)?;
         let checkpoint = Checkpoint::open(&dir)?;
         Self::load(&DenseWeights::new(&checkpoint, dtype, device), &config)

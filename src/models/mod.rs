@@ -11,6 +11,7 @@ pub mod cache;
 mod causal_lm;
 mod compressed;
 pub mod config;
+pub mod hub;
 pub mod just_in_time;
 pub mod llama;
 pub mod var_builder;

@@ -49,6 +49,11 @@ pub trait Weights {
     /// True if there is a tensor of that name.
     fn contains(&self, name: &str) -> bool;
 
+    /// What is odd about the parameters and how it is dealt with.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// The dtype of the activations.
     fn dtype(&self) -> DType;
 
@@ -134,13 +139,19 @@ pub fn dense_tensor(
     dtype: DType,
     device: &Device,
 ) -> Result<Tensor> {
+    expect_floats(checkpoint, name, shape)?;
+    decode_tensor(checkpoint, name, dtype, device)
+}
+
+/// Checks that a checkpoint's tensor has the shape that a model needs and holds floats.
+pub(super) fn expect_floats<'a>(checkpoint: &'a Checkpoint, name: &str, shape: &[usize]) -> Result<&'a TensorInfo> {
     expect_shape(checkpoint, name, shape)?;
     let info = checkpoint.info(name)?;
     if !matches!(info.dtype.as_str(), "F64" | "F32" | "F16" | "BF16" | "F8_E4M3" | "F8_E5M2") {
         let text = format!("its dtype is {}, but a model's weights are floats", info.dtype);
         return Err(Error::Unsupported(text).in_tensor(name).in_file(checkpoint.file_of(info)));
     }
-    decode_tensor(checkpoint, name, dtype, device)
+    Ok(info)
 }
 
 /// A checkpoint's tensor, decoded and converted to `dtype` on `device`, in its own shape.

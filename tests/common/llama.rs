@@ -26,6 +26,8 @@ pub struct Tiny {
     pub bf16: bool,
     /// A tensor that gets integers instead of floats.
     pub integers: Option<String>,
+    /// A tensor that gets its weights as F64.
+    pub wide: Option<String>,
     /// A tensor that gets a NaN.
     pub nan: Option<String>,
 }
@@ -57,7 +59,15 @@ impl Tiny {
         tensors.insert("model.embed_tokens.weight".into(), vec![VOCAB, 64]);
         tensors.insert("model.norm.weight".into(), vec![64]);
         tensors.insert("lm_head.weight".into(), vec![VOCAB, 64]);
-        let tiny = Tiny { dir: tempfile::tempdir().unwrap(), config, tensors, bf16: false, integers: None, nan: None };
+        let tiny = Tiny {
+            dir: tempfile::tempdir().unwrap(),
+            config,
+            tensors,
+            bf16: false,
+            integers: None,
+            nan: None,
+            wide: None,
+        };
         tiny.write();
         tiny
     }
@@ -74,6 +84,10 @@ impl Tiny {
             if self.nan.as_ref() == Some(name) {
                 bytes[..4].fill(0xff);
             }
+            if self.wide.as_ref() == Some(name) {
+                let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                *bytes = values.flat_map(|value| f64::from(value).to_le_bytes()).collect();
+            }
         }
         let views = self.tensors.iter().zip(&bytes).map(|((name, shape), bytes)| {
             let floats = if self.bf16 { Dtype::BF16 } else { Dtype::F32 };
@@ -81,7 +95,8 @@ impl Tiny {
                 let zeros = &ZEROS[..shape.iter().product::<usize>() * 8];
                 return (name, TensorView::new(Dtype::I64, shape.clone(), zeros).unwrap());
             }
-            (name, TensorView::new(floats, shape.clone(), bytes).unwrap())
+            let dtype = if self.wide.as_ref() == Some(name) { Dtype::F64 } else { floats };
+            (name, TensorView::new(dtype, shape.clone(), bytes).unwrap())
         });
         safetensors::serialize_to_file(views, None, &self.path().join("model.safetensors")).unwrap();
     }

@@ -179,9 +179,11 @@ pub struct GenerateArgs {
     /// Branch, tag or commit of --model-id or --which [default: main]
     #[arg(long, value_name = "REV")]
     pub revision: Option<String>,
-    /// A model on the Hugging Face hub by its short name (builds with --features hub)
-    #[arg(long, value_enum, conflicts_with_all = ["compressed", "model_id"])]
-    pub which: Option<Which>,
+    /// A model on the hub by its short name: v1, v2, v3, v31, v3-instruct, v31-instruct, v32-1b, v32-1b-instruct, v32-3b,
+    /// v32-3b-instruct, solar-10.7b, tiny-llama-1.1b-chat, SmoLM2-1.7B, SmoLM2-360M, SmoLM2-135M, each also with -Instruct
+    #[arg(long, value_name = "NAME", value_parser = candle_taper::models::hub::known)]
+    #[arg(conflicts_with_all = ["compressed", "model_id"])]
+    pub which: Option<&'static str>,
     /// How to compress a model that is not yet, in memory [default: lossless, or rate if --bits is given]
     #[arg(long, value_enum)]
     pub codec: Option<CodecName>,
@@ -240,70 +242,6 @@ pub struct GenerateArgs {
     /// Not built in: needs a GPU
     #[arg(long, hide = true)]
     pub use_flash_attn: bool,
-}
-
-/// Short names of models, those of candle's llama example.
-#[cfg(feature = "candle")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[allow(missing_docs)]
-pub enum Which {
-    V1,
-    V2,
-    V3,
-    V31,
-    V3Instruct,
-    V31Instruct,
-    #[value(name = "v32-1b")]
-    V32_1b,
-    #[value(name = "v32-1b-instruct")]
-    V32_1bInstruct,
-    #[value(name = "v32-3b")]
-    V32_3b,
-    #[value(name = "v32-3b-instruct")]
-    V32_3bInstruct,
-    #[value(name = "solar-10.7b")]
-    Solar10_7b,
-    #[value(name = "tiny-llama-1.1b-chat")]
-    TinyLlama1_1bChat,
-    #[value(name = "SmoLM2-1.7B")]
-    SmolLm2_1b,
-    #[value(name = "SmoLM2-1.7B-Instruct")]
-    SmolLm2_1bInstruct,
-    #[value(name = "SmoLM2-360M")]
-    SmolLm2_360m,
-    #[value(name = "SmoLM2-360M-Instruct")]
-    SmolLm2_360mInstruct,
-    #[value(name = "SmoLM2-135M")]
-    SmolLm2_135m,
-    #[value(name = "SmoLM2-135M-Instruct")]
-    SmolLm2_135mInstruct,
-}
-
-#[cfg(feature = "candle")]
-impl Which {
-    /// Its repository on the hub.
-    pub fn id(self) -> &'static str {
-        match self {
-            Which::V1 => "Narsil/amall-7b",
-            Which::V2 => "meta-llama/Llama-2-7b-hf",
-            Which::V3 => "meta-llama/Meta-Llama-3-8B",
-            Which::V31 => "meta-llama/Llama-3.1-8B",
-            Which::V3Instruct => "meta-llama/Meta-Llama-3-8B-Instruct",
-            Which::V31Instruct => "meta-llama/Llama-3.1-8B-Instruct",
-            Which::V32_1b => "meta-llama/Llama-3.2-1B",
-            Which::V32_1bInstruct => "meta-llama/Llama-3.2-1B-Instruct",
-            Which::V32_3b => "meta-llama/Llama-3.2-3B",
-            Which::V32_3bInstruct => "meta-llama/Llama-3.2-3B-Instruct",
-            Which::Solar10_7b => "upstage/SOLAR-10.7B-v1.0",
-            Which::TinyLlama1_1bChat => "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-            Which::SmolLm2_1b => "HuggingFaceTB/SmolLM2-1.7B",
-            Which::SmolLm2_1bInstruct => "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-            Which::SmolLm2_360m => "HuggingFaceTB/SmolLM2-360M",
-            Which::SmolLm2_360mInstruct => "HuggingFaceTB/SmolLM2-360M-Instruct",
-            Which::SmolLm2_135m => "HuggingFaceTB/SmolLM2-135M",
-            Which::SmolLm2_135mInstruct => "HuggingFaceTB/SmolLM2-135M-Instruct",
-        }
-    }
 }
 
 /// The library's codec for `--codec` and `--bits`.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use candle_taper::Checkpoint;
-use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, config};
+use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, config, hub};
 
 use crate::args::{DtypeName, GenerateArgs};
 use crate::progress::Reporter;
@@ -16,10 +16,13 @@ const TALES: &str = "examples/tales";
 
 /// The directory of the model that was asked for, or of the one that comes with the source.
 pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
-    let id = args.model_id.as_deref().or(args.which.map(|which| which.id()));
+    let id = args.model_id.as_deref().or(args.which);
     ensure!(id.is_some() || args.revision.is_none(), "--revision goes with --model-id or --which");
     if let Some(id) = id {
-        return hub(id, args.revision.as_deref(), quiet);
+        let progress = Arc::new(Reporter::new(quiet, 0));
+        let dir = hub::download(id, args.revision.as_deref(), progress.clone())?;
+        progress.finish();
+        return Ok(dir);
     }
     if let Some(dir) = &args.compressed {
         return Ok(dir.clone());
@@ -28,13 +31,6 @@ pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
     let beside = beside.iter().flat_map(|dir| [dir.join(TALES), dir.join("tales")]);
     let mut places = std::iter::once(Path::new(env!("CARGO_MANIFEST_DIR")).join(TALES)).chain(beside);
     places.find(|dir| dir.join("config.json").is_file()).context("pass --compressed DIR: the directory of a Llama")
-}
-
-fn hub(id: &str, _: Option<&str>, _: bool) -> Result<PathBuf> {
-    anyhow::bail!(
-        "{id}: this build cannot download. Build it with downloads (cargo install --path . --features hub), or get the \
-         files with `hf download {id} --local-dir DIR` and pass --compressed DIR"
-    )
 }
 
 /// Loads the model. Matrices that are not compressed yet are compressed now, in memory, one at a time.
