@@ -23,7 +23,8 @@ fn load(dir: &Path) -> DenseLlama {
 /// candle-transformers' model of the same directory, with an empty cache.
 fn load_stock(dir: &Path, config: &Config) -> (stock::Llama, stock::Cache) {
     let tensors = candle_core::safetensors::load(dir.join("model.safetensors"), &CPU).unwrap();
-    let config = Config { tie_word_embeddings: !tensors.contains_key("lm_head.weight"), ..config.clone() };
+    let tie_word_embeddings = config.tie_word_embeddings || !tensors.contains_key("lm_head.weight");
+    let config = Config { tie_word_embeddings, ..config.clone() };
     let cache = stock::Cache::new(true, DType::F32, &config, &CPU).unwrap();
     (stock::Llama::load(VarBuilder::from_tensors(tensors, DType::F32, &CPU), &config).unwrap(), cache)
 }
@@ -69,6 +70,22 @@ fn equals_stock(tiny: &Tiny, prompt: u32) {
 #[test]
 fn logits_equal_stock() {
     equals_stock(&Tiny::new(), 23);
+}
+
+/// Keys and values of their own for each head, and one pair for all.
+#[test]
+fn every_way_of_sharing_keys_equals_stock() {
+    for kv_heads in [1, 4] {
+        let mut tiny = Tiny::new();
+        tiny.config["num_key_value_heads"] = kv_heads.into();
+        for (name, shape) in &mut tiny.tensors {
+            if name.contains("k_proj") || name.contains("v_proj") {
+                shape[0] = 16 * kv_heads;
+            }
+        }
+        tiny.write();
+        equals_stock(&tiny, 23);
+    }
 }
 
 #[test]
@@ -128,22 +145,34 @@ fn one_go_equals_token_by_token_and_chunks() {
     assert!(llama.forward(&row(&[1]), 1, &mut uncached).is_err());
 }
 
+/// A batch of 30 tokens each, 21 of them in one go.
+fn in_steps<L: LinearLayer, E: Module>(llama: &Llama<L, E>, tokens: &Tensor, cache: &mut Cache) -> Tensor {
+    let first = llama.forward_all(&tokens.narrow(1, 0, 21).unwrap(), 0, cache).unwrap();
+    let rest = (21..30).map(|i| llama.forward_all(&tokens.narrow(1, i, 1).unwrap(), i, cache).unwrap());
+    Tensor::cat(&std::iter::once(first).chain(rest).collect::<Vec<_>>(), 1).unwrap()
+}
+
+fn batches_equal_their_rows<L: LinearLayer, E: Module>(llama: &Llama<L, E>) {
+    let rows = [5, 6, 7].map(|seed| row(&ids(30, seed)));
+    let mut cache = llama.new_cache(true).unwrap();
+    let all = in_steps(llama, &Tensor::cat(&rows, 0).unwrap(), &mut cache);
+    for (i, alone) in rows.iter().enumerate() {
+        let alone = in_steps(llama, alone, &mut llama.new_cache(true).unwrap());
+        assert_close(&all.narrow(0, i, 1).unwrap(), &alone, 1e-5);
+    }
+    // The same cache again, and for a batch of another size.
+    cache.reset();
+    assert_eq!(difference(&in_steps(llama, &Tensor::cat(&rows, 0).unwrap(), &mut cache), &all), 0.0);
+    cache.reset();
+    let fresh = in_steps(llama, &rows[1], &mut llama.new_cache(true).unwrap());
+    assert_eq!(difference(&in_steps(llama, &rows[1], &mut cache), &fresh), 0.0);
+}
+
 #[test]
 fn a_batch_equals_its_rows() {
     let tiny = Tiny::new();
-    let llama = load(tiny.path());
-    let texts = [ids(30, 5), ids(30, 6)];
-    let run = |tokens: &Tensor| {
-        let mut cache = llama.new_cache(true).unwrap();
-        let first = llama.forward_all(&tokens.narrow(1, 0, 21).unwrap(), 0, &mut cache).unwrap();
-        let rest = (21..30).map(|i| llama.forward_all(&tokens.narrow(1, i, 1).unwrap(), i, &mut cache).unwrap());
-        Tensor::cat(&std::iter::once(first).chain(rest).collect::<Vec<_>>(), 1).unwrap()
-    };
-    let rows = texts.each_ref().map(|text| row(text));
-    let both = run(&Tensor::cat(&rows, 0).unwrap());
-    for (i, alone) in rows.iter().enumerate() {
-        assert_close(&both.narrow(0, i, 1).unwrap(), &run(alone), 1e-5);
-    }
+    batches_equal_their_rows(&load(tiny.path()));
+    batches_equal_their_rows(&CompressedLlama::from_pretrained(tiny.path(), DType::F32, &Options::default()).unwrap());
 }
 
 #[test]
@@ -195,6 +224,13 @@ fn a_missing_output_layer_is_tied_and_a_spare_one_is_ignored() {
     tiny.config["tie_word_embeddings"] = true.into();
     tiny.write();
     assert!(load(tiny.path()).notes().is_empty());
+
+    let mut spare = Tiny::new();
+    spare.config["tie_word_embeddings"] = true.into();
+    spare.write();
+    equals_stock(&spare, 5);
+    let notes = load(spare.path()).notes().join("");
+    assert!(notes.contains("lm_head.weight is ignored"), "{notes}");
 }
 
 #[test]

@@ -28,6 +28,8 @@
 //!   All other tensors (embeddings, an output layer tied to one, norms, layers without a span) stay in memory.
 //! - While [`JustInTime::load`] runs, spans and events of its thread reach no other subscriber. Afterwards it does not
 //!   matter which subscriber is installed, or whether one is.
+//! - While such a model lives, the process's tracing level is `TRACE`, so that spans elsewhere are made for subscribers
+//!   that want them; threads that run the model at once share its decoded weights.
 //! - A build that turns spans off (tracing's `max_level_off` and the like) cannot use this: `load` says so.
 //! - On the CPU, and without gradients for what lies before a linear layer.
 //!
