@@ -1,9 +1,10 @@
 // Activations on their way into the product: bf16 columns in shared memory, exact for every input type.
 //
-// The tensor cores take bf16. An f16 value has 11 significant bits and is the exact sum of two bf16 values, an f32 value of three, so such
-// rows become two or three columns of B, whose products are added at the end. (Up to eight columns cost what one costs.)
-// Parts are cut toward zero, so that they share the value's sign, and none is zero unless the value is: then a weight that is
-// infinite gives the infinity that the undivided product would give, and not the NaN of infinity times zero.
+// The tensor cores take bf16. An f16 value has 11 significant bits and is the exact sum of two bf16 values, an f32
+// value of three, so such rows become two or three columns of B, whose products are added at the end. (Up to eight
+// columns cost what one costs.) Parts are cut toward zero, so that they share the value's sign, and none is zero unless
+// the value is: then a weight that is infinite gives the infinity that the undivided product would give, and not the
+// NaN of infinity times zero.
 #pragma once
 #include "ptx.cuh"
 
@@ -32,8 +33,10 @@ __device__ __forceinline__ float load_value(const void* p, size_t i, int type) {
   return type == F16 ? half_to_float(h) : __uint_as_float(h << 16);
 }
 __device__ __forceinline__ void store_value(void* p, size_t i, int type, float v) {
-  if (type == F32) ((float*)p)[i] = v;
-  else ((uint16_t*)p)[i] = (uint16_t)(type == F16 ? float_to_half(v) : float_to_bf16(v));
+  if (type == F32)
+    ((float*)p)[i] = v;
+  else
+    ((uint16_t*)p)[i] = (uint16_t)(type == F16 ? float_to_half(v) : float_to_bf16(v));
 }
 
 // The bf16 parts of v in the high halves of parts[]; `n` = 1: v is bf16, 2: f16, 3: any f32.
@@ -41,14 +44,17 @@ __device__ __forceinline__ void split(float v, int n, uint32_t (&parts)[3]) {
   const auto cut = [](float f) { return __uint_as_float(__float_as_uint(f) & 0xFFFF0000u); };
   float a = cut(v), b = 0, c = 0;
   if (n > 1) {
-    if (!(fabsf(v) < __uint_as_float(0x7F800000u))) a = b = c = v != v ? __uint_as_float(0x7FC00000u) : v;
+    if (!(fabsf(v) < __uint_as_float(0x7F800000u)))
+      a = b = c = v != v ? __uint_as_float(0x7FC00000u) : v;
     else if (n == 2) {
       b = v - a;
       if (b == 0) a = b = 0.5f * a;
     } else {
       b = cut(v - a), c = v - a - b;
-      if (b == 0) a = 0.5f * a, b = c != 0 ? a : 0.5f * a, c = c != 0 ? c : b;
-      else if (c == 0) b = c = 0.5f * b;
+      if (b == 0)
+        a = 0.5f * a, b = c != 0 ? a : 0.5f * a, c = c != 0 ? c : b;
+      else if (c == 0)
+        b = c = 0.5f * b;
     }
   }
   parts[0] = __float_as_uint(a), parts[1] = __float_as_uint(b), parts[2] = __float_as_uint(c);
@@ -56,7 +62,8 @@ __device__ __forceinline__ void split(float v, int n, uint32_t (&parts)[3]) {
 
 // The general way: any type, any alignment, columns past the end. Rarely on the critical path, so it stays out of line.
 template <int THREADS>
-__device__ __noinline__ void split_activations(uint32_t dst, int stride, const void* x, int type, int x_stride, int batch, int cols, int first, int width, int tid, bool aligned) {
+__device__ __noinline__ void split_activations(uint32_t dst, int stride, const void* x, int type, int x_stride,
+                                               int batch, int cols, int first, int width, int tid, bool aligned) {
   const int parts = type + 1, size = type == F32 ? 4 : 2, chunks = width / 8, total = batch * chunks;
   constexpr int DEEP = 4;  // loads in flight per thread
   for (int base = tid; base < total; base += DEEP * THREADS) {
@@ -75,8 +82,10 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
 #pragma unroll
         for (int e = 0; e < 8; e++) {
           if (k + e >= cols) continue;
-          if (type == F32) w[e] = ((const uint32_t*)p)[e];
-          else w[e / 2] |= (uint32_t)((const uint16_t*)p)[e] << (e & 1) * 16;
+          if (type == F32)
+            w[e] = ((const uint32_t*)p)[e];
+          else
+            w[e / 2] |= (uint32_t)((const uint16_t*)p)[e] << (e & 1) * 16;
         }
         raw[d][0] = make_uint4(w[0], w[1], w[2], w[3]), raw[d][1] = make_uint4(w[4], w[5], w[6], w[7]);
       }
@@ -85,7 +94,8 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
     for (int d = 0; d < DEEP; d++) {
       const int i = base + d * THREADS, row = i / chunks, chunk = i - row * chunks;
       if (i >= total) continue;
-      const uint32_t w[8] = {raw[d][0].x, raw[d][0].y, raw[d][0].z, raw[d][0].w, raw[d][1].x, raw[d][1].y, raw[d][1].z, raw[d][1].w};
+      const uint32_t w[8] = {raw[d][0].x, raw[d][0].y, raw[d][0].z, raw[d][0].w,
+                             raw[d][1].x, raw[d][1].y, raw[d][1].z, raw[d][1].w};
       uint32_t out[3][4];
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
@@ -93,7 +103,9 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
 #pragma unroll
         for (int o = 0; o < 2; o++) {
           const uint32_t h = o ? w[e / 2] >> 16 : w[e / 2] & 0xFFFF;
-          const float v = type == F32 ? __uint_as_float(w[e + o]) : type == F16 ? half_to_float(h) : __uint_as_float(h << 16);
+          const float v = type == F32   ? __uint_as_float(w[e + o])
+                          : type == F16 ? half_to_float(h)
+                                        : __uint_as_float(h << 16);
           split(v, parts, o ? hi : lo);
         }
 #pragma unroll
@@ -101,15 +113,18 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
       }
 #pragma unroll
       for (int s = 0; s < 3; s++)
-        if (s < parts) sts128(dst + (row * parts + s) * stride + chunk * 16, make_uint4(out[s][0], out[s][1], out[s][2], out[s][3]));
+        if (s < parts)
+          sts128(dst + (row * parts + s) * stride + chunk * 16, make_uint4(out[s][0], out[s][1], out[s][2], out[s][3]));
     }
   }
 }
 
-// Fills `batch * parts` columns of `width` bf16 values (a multiple of 128) at `dst`, `stride` bytes apart, from columns first.. of x;
-// those at and past `cols` become zero. Called by THREADS threads; the caller waits (async_wait, then a barrier).
+// Fills `batch * parts` columns of `width` bf16 values (a multiple of 128) at `dst`, `stride` bytes apart, from columns
+// first.. of x; those at and past `cols` become zero. Called by THREADS threads; the caller waits (async_wait, then a
+// barrier).
 template <int THREADS>
-__device__ __forceinline__ void load_activations(uint32_t dst, int stride, const void* x, int type, int x_stride, int batch, int cols, int first, int width, int tid) {
+__device__ __forceinline__ void load_activations(uint32_t dst, int stride, const void* x, int type, int x_stride,
+                                                 int batch, int cols, int first, int width, int tid) {
   const int size = type == F32 ? 4 : 2, chunks = width / 8, total = batch * chunks;
   const bool aligned = (((size_t)x | (size_t)((long long)x_stride * size)) & 15) == 0;
   if (type == BF16 && aligned && first + width <= cols) {

@@ -5,7 +5,8 @@
 
 namespace taper {
 
-// The weights of one lane in unit `unit` of `tile`, from row-major 16-bit rows. What lies outside the matrix reads as zero.
+// The weights of one lane in unit `unit` of `tile`, from row-major 16-bit rows. What lies outside the matrix reads as
+// zero.
 struct Dense {
   const uint16_t* at;
   int rows_left, cols_left, stride;  // from this lane's first weight; may be negative
@@ -15,11 +16,14 @@ struct Dense {
     uint32_t w[2][4];  // rows g and g+8, eight columns each
     int cols;          // how many of the columns exist
     bool row[2];
-    __device__ __forceinline__ uint32_t weight(int i) const { return w[i >> 3][(i & 7) >> 1] >> 16 * (i & 1) & 0xFFFF; }  // i = 8 h + kk
+    __device__ __forceinline__ uint32_t weight(int i) const {
+      return w[i >> 3][(i & 7) >> 1] >> 16 * (i & 1) & 0xFFFF;
+    }  // i = 8 h + kk
     __device__ __forceinline__ bool inside(int i) const { return row[i >> 3] && (i & 7) < cols; }
   };
 
-  __device__ Dense(const uint16_t* dense, int rows, int cols, int stride_, int tile, int unit, int lane) : stride(stride_) {
+  __device__ Dense(const uint16_t* dense, int rows, int cols, int stride_, int tile, int unit, int lane)
+      : stride(stride_) {
     const int row = tile * TILE_ROWS + (lane >> 2), col = unit * UNIT_COLS + (lane & 3) * 8;
     at = dense + (size_t)row * stride + col;
     rows_left = rows - row, cols_left = cols - col;
@@ -70,14 +74,17 @@ struct RepairList {
   __device__ void put(uint32_t i, uint32_t entry) const {
     if (head.x == 0) {
       if (i < ENTRIES) ((uint32_t*)(trailer + first_entry))[i] = entry;
-    } else if (head.y + i < limit) list[head.y + i] = entry;  // what does not fit is counted by repair_scan
+    } else if (head.y + i < limit)
+      list[head.y + i] = entry;  // what does not fit is counted by repair_scan
   }
 };
 
-// One stage to dense rows: a warp per unit. Scaled layouts are multiplied in f32 and rounded to out_type once. 25 KB of shared memory, so that eight blocks share an SM and hide each other's waits.
+// One stage to dense rows: a warp per unit. Scaled layouts are multiplied in f32 and rounded to out_type once. 25 KB of
+// shared memory, so that eight blocks share an SM and hide each other's waits.
 template <class L>
-__device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride, int tile0,
-                                             const float* row_scale = nullptr, int out_type = BF16) {
+__device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows,
+                                             int cols, int stride, int tile0, const float* row_scale = nullptr,
+                                             int out_type = BF16) {
   __shared__ __align__(16) uint8_t memory[8][L::UNIT_BYTES + L::TRAILER];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const Shape<L> shape(rows, cols);
@@ -88,8 +95,10 @@ __device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint3
   const uint64_t policy = evict_first_policy();
   let_next_kernel_start();
   for (int u = warp; u < units; u += 8) {
-    for (int i = lane; i < L::UNIT_BYTES / 16; i += 32) async_copy16(at + 16 * i, src + u * L::UNIT_BYTES + 16 * i, policy);
-    for (int i = lane; i < L::TRAILER / 16; i += 32) async_copy16(at + L::UNIT_BYTES + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
+    for (int i = lane; i < L::UNIT_BYTES / 16; i += 32)
+      async_copy16(at + 16 * i, src + u * L::UNIT_BYTES + 16 * i, policy);
+    for (int i = lane; i < L::TRAILER / 16; i += 32)
+      async_copy16(at + L::UNIT_BYTES + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
     async_commit();
     if (u == warp) wait_for_previous_kernel();  // which may still be reading what `out` held
     async_wait<0>();
@@ -99,7 +108,8 @@ __device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint3
     if constexpr (L::SCALED) {
       const float unit_scale = L::unit_scale(at + L::UNIT_BYTES, u);
 #pragma unroll
-      for (int h = 0; h < 2; h++) scale[h] = row_scale && row + 8 * h < rows ? unit_scale * row_scale[row + 8 * h] : unit_scale;
+      for (int h = 0; h < 2; h++)
+        scale[h] = row_scale && row + 8 * h < rows ? unit_scale * row_scale[row + 8 * h] : unit_scale;
     }
     decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, overflow, [&](int j, const uint32_t (&decoded)[8]) {
       uint32_t a[8];
@@ -107,8 +117,10 @@ __device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint3
       for (int p = 0; p < 8; p++) {
         a[p] = decoded[p];
         if constexpr (L::SCALED) {
-          const float lo = __uint_as_float(a[p] << 16) * scale[p & 1], hi = __uint_as_float(a[p] & 0xFFFF0000u) * scale[p & 1];
-          a[p] = out_type == F16 ? float_to_half(lo) | float_to_half(hi) << 16 : float_to_bf16(lo) | float_to_bf16(hi) << 16;
+          const float lo = __uint_as_float(a[p] << 16) * scale[p & 1],
+                      hi = __uint_as_float(a[p] & 0xFFFF0000u) * scale[p & 1];
+          a[p] = out_type == F16 ? float_to_half(lo) | float_to_half(hi) << 16
+                                 : float_to_bf16(lo) | float_to_bf16(hi) << 16;
         }
       }
 #pragma unroll
@@ -116,7 +128,8 @@ __device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint3
         const int r = row + 8 * h, k = col + 32 * j;
         if (r >= rows || k >= cols) continue;
         uint16_t* to = out + (size_t)(r - tile0 * TILE_ROWS) * stride + k;
-        if (aligned && k + 8 <= cols) *(uint4*)to = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
+        if (aligned && k + 8 <= cols)
+          *(uint4*)to = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
         else {
 #pragma unroll
           for (int e = 0; e < 8; e++)

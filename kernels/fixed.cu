@@ -3,6 +3,7 @@
 #include "fixed.cuh"
 #include "ids.cuh"
 #include "product.cuh"
+#include "warpgroup.cuh"
 #include "wide.cuh"
 
 using namespace taper;
@@ -21,7 +22,8 @@ __device__ __forceinline__ int best_window(const uint32_t* histogram, int lane) 
 }
 
 // Pass 1, block per stage: windows and number of repairs, 16 bytes a stage: {repairs, 0, 8 windows}.
-extern "C" __global__ void __launch_bounds__(256) fixed_plan(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
+extern "C" __global__ void __launch_bounds__(256)
+    fixed_plan(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
   __shared__ uint32_t histograms[8][256], repairs[8], windows[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<Fixed> shape(rows, cols);
@@ -55,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(256) fixed_plan(const uint16_t* den
 
 // Pass 3, block per stage; `weights` points at the first tile of these rows.
 extern "C" __global__ void __launch_bounds__(256)
-    fixed_pack(const uint16_t* dense, int rows, int cols, int stride, const uint4* plan, uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
+    fixed_pack(const uint16_t* dense, int rows, int cols, int stride, const uint4* plan, uint8_t* weights,
+               uint32_t* overflow, uint32_t capacity) {
   __shared__ uint32_t found[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<Fixed> shape(rows, cols);
@@ -78,8 +81,10 @@ extern "C" __global__ void __launch_bounds__(256)
         const uint32_t w = v.weight(i), code = (w >> 7 & 255) - base;
         if (!v.inside(i)) continue;
         sm[kk / 2] |= ((w >> 8 & 0x80) | (w & 0x7F)) << 8 * (2 * (kk & 1) + h);
-        if (code < 16) codes[2 * j + p / 4] |= code << (4 * (p & 3) + 16 * (kk & 1));
-        else mine++;
+        if (code < 16)
+          codes[2 * j + p / 4] |= code << (4 * (p & 3) + 16 * (kk & 1));
+        else
+          mine++;
       }
       ((uint4*)to)[32 * j + lane] = make_uint4(sm[0], sm[1], sm[2], sm[3]);
     }
@@ -102,17 +107,32 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // Dense rows again, block per stage. `tile0` and the grid choose the tiles; out's first row is row 16 tile0.
 extern "C" __global__ void __launch_bounds__(256)
-    fixed_decode(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride, int tile0) {
+    fixed_decode(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride,
+                 int tile0) {
   decode_stage<Fixed>(weights, overflow, out, rows, cols, stride, tile0);
 }
 
 // Row ids[i] to row i of out. Grid: ids, stages.
 extern "C" __global__ void __launch_bounds__(256)
-    fixed_ids(const uint8_t* weights, const uint32_t* overflow, const uint32_t* ids, uint16_t* out, int rows, int cols, int stride) {
+    fixed_ids(const uint8_t* weights, const uint32_t* overflow, const uint32_t* ids, uint16_t* out, int rows, int cols,
+              int stride) {
   decode_ids<Fixed>(weights, overflow, ids, out, rows, cols, stride);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_8(const __grid_constant__ Product p) { narrow_product<Fixed, 1>(p); }
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_16(const __grid_constant__ Product p) { narrow_product<Fixed, 2>(p); }
-extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_32(const __grid_constant__ Product p) { wide_product<Fixed, 4>(p); }
-extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_64(const __grid_constant__ Product p) { wide_product<Fixed, 8>(p); }
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_8(const __grid_constant__ Product p) {
+  narrow_product<Fixed, 1>(p);
+}
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_16(const __grid_constant__ Product p) {
+  narrow_product<Fixed, 2>(p);
+}
+extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_32(const __grid_constant__ Product p) {
+  wide_product<Fixed, 4>(p);
+}
+extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_64(const __grid_constant__ Product p) {
+  wide_product<Fixed, 8>(p);
+}
+// Compute capability 9.0 only (code for sm_90a); elsewhere it does nothing.
+extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)
+    fixed_warpgroup_64(const __grid_constant__ Product p) {
+  warpgroup_product<Fixed>(p);
+}

@@ -1,15 +1,16 @@
 // Layout `fixed`: 12.05 bits a bf16 weight, whatever its distribution.
 //
-//   unit   2048 bytes sign and mantissa: byte 512 j + 16 lane + 2 kk + h (see unit.cuh)
-//          1024 bytes codes: word pair (2j, 2j+1) of lane; register p of vector j takes bits 4(p%4) (low half) and 16+4(p%4) of word 2j + p/4
+//   unit   2048 bytes  sign and mantissa: byte 512 j + 16 lane + 2 kk + h (see unit.cuh)
+//          1024 bytes  codes: words 0..3 of each lane, then words 4..7; register p of vector j has bits 4 (p%4) and
+//                      16 + 4 (p%4) of word 2 j + p/4
 //   stage  8 units, trailer of 96 bytes: EXTRA is one byte a unit, the lowest exponent of its window
 //
-// A code is the exponent less the unit's lowest: the 16 neighbouring exponents that most weights of the unit have. What lies outside
-// (0.01% of a Gaussian, 0.04% of trained weights) is repaired exactly (unit.cuh). Windows follow the scales of rows and columns
-// by themselves, as each unit has its own.
+// A code is the exponent less the unit's lowest: the 16 neighbouring exponents that most weights of the unit have. What
+// lies outside (0.01% of a Gaussian, 0.04% of trained weights) is repaired exactly (unit.cuh). Windows follow the
+// scales of rows and columns by themselves, as each unit has its own.
 //
-// Budget per pair: PRMT spreads two sign-and-mantissa bytes, LOP3 masks a code, IMAD shifts it and adds the base, LOP3 joins them:
-// 4 instructions, 2.0 a weight, plus loads and products.
+// Budget per pair: PRMT spreads two sign-and-mantissa bytes, LOP3 masks a code, IMAD shifts it and adds the base, LOP3
+// joins them: 4 instructions, 2.0 a weight, plus loads and products.
 #pragma once
 #include "unit.cuh"
 

@@ -1,13 +1,14 @@
 // Layouts `int8`, `int5`, `int4`: matrices of small integers times scales, as INT8 and rate-coded tensors are.
 //
 //   unit   int8  2048 bytes: byte 512 j + 16 lane + 2 kk + h, sign and magnitude (-127..127)
-//          int5  1024 bytes of low halves, then 256 bytes of high bits (-16..15);  int4  1024 bytes (-8..7). The integer plus 16 or 8:
-//                low halves as the codes of `fixed`; high bit of register p of vector j: bits 8 (j%2) + p and
-//                16 more of the word at 1024 + 8 lane + 4 (j/2)
+//          int5  1024 bytes of low halves, then 256 bytes of high bits (-16..15);  int4  1024 bytes (-8..7). The
+//                integer plus 16 or 8: low halves as the codes of `fixed`; high bit of register p of vector j: bits 8
+//                (j%2) + p and 16 more of the word at 1024 + 8 lane + 4 (j/2)
 //   stage  8 units, trailer of 128 bytes: EXTRA is a scale (f32) for each unit, then 8 bytes unused
 //
-// An integer of at most 8 bits is exact in bf16. Placed in the mantissa of 128 it is 128 + n, and one packed addition takes the 128 away. Integers
-// out of range, and values that are none (escapes of rate-coded tensors, divided by their scale), are repairs, as bf16.
+// An integer of at most 8 bits is exact in bf16. Placed in the mantissa of 128 it is 128 + n, and one packed addition
+// takes the 128 away. Integers out of range, and values that are none (escapes of rate-coded tensors, divided by their
+// scale), are repairs, as bf16.
 //
 // Budget per pair: int8 PRMT, 2 LOP3, HFMA2: 2.0 a weight; int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.
 #pragma once
@@ -66,7 +67,8 @@ struct Int8 : Integers {
   }
 };
 
-template <int BITS> struct IntN : Integers {
+template <int BITS>
+struct IntN : Integers {
   static_assert(BITS == 4 || BITS == 5, "");
   static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1;
   struct Unit {
@@ -107,7 +109,8 @@ template <int BITS> struct IntN : Integers {
 };
 
 // Pass 1: {repairs, 0, 0, 0} for each stage.
-template <class L> __device__ __forceinline__ void plan_integers(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
+template <class L>
+__device__ __forceinline__ void plan_integers(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
   __shared__ uint32_t repairs[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<L> shape(rows, cols);
@@ -131,17 +134,20 @@ template <class L> __device__ __forceinline__ void plan_integers(const uint16_t*
   }
 }
 
-// Pass 3. `scales`: one f32 for each 256 x 256 tile of the matrix, `scale_stride` to a row of them, or null for ones; row0: the
-// matrix's row of the block's first.
+// Pass 3. `scales`: one f32 for each 256 x 256 tile of the matrix, `scale_stride` to a row of them, or null for ones;
+// row0: the matrix's row of the block's first.
 template <class L>
-__device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, int cols, int stride, const float* scales, int scale_stride, int row0, const uint4* plan,
+__device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, int cols, int stride,
+                                              const float* scales, int scale_stride, int row0, const uint4* plan,
                                               uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
   __shared__ uint32_t found[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<L> shape(rows, cols);
-  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage), column_unit = stage * L::UNITS + warp;
+  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage),
+            column_unit = stage * L::UNITS + warp;
   const uint4 head = plan[blockIdx.x];
-  uint8_t *out = weights + tile * shape.tile_bytes() + stage * Shape<L>::stage_bytes(), *trailer = out + units * L::UNIT_BYTES;
+  uint8_t *out = weights + tile * shape.tile_bytes() + stage * Shape<L>::stage_bytes(),
+          *trailer = out + units * L::UNIT_BYTES;
   const Dense unit(dense, rows, cols, stride, tile, column_unit, lane);
   uint32_t mine = 0;
   if (warp < units) {
@@ -158,7 +164,9 @@ __device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, i
     L::store(out + warp * L::UNIT_BYTES, lane, n);
   }
   if (lane == 0) {
-    ((float*)(trailer + 8))[warp] = scales && warp < units ? scales[(size_t)((row0 + tile * TILE_ROWS) / 256) * scale_stride + column_unit / 2] : 1.0f;
+    ((float*)(trailer + 8))[warp] =
+        scales && warp < units ? scales[(size_t)((row0 + tile * TILE_ROWS) / 256) * scale_stride + column_unit / 2]
+                               : 1.0f;
     if (warp == 0) *(uint2*)(trailer + 40) = make_uint2(0, 0);
   }
   const RepairList list(trailer, make_uint2(head.x, head.y), overflow, capacity, L::EXTRA);
@@ -169,7 +177,8 @@ __device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, i
     for (int i = 0; i < 16; i++) {
       const int h = i >> 3, kk = i & 7;
       int n;
-      if (v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n)) list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
+      if (v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n))
+        list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
     }
   }
 }

@@ -1,18 +1,20 @@
 // Layout `pair` (pair.cuh): counted, made from dense rows, turned back into them, multiplied.
 //
-// The host makes the code from the counts. Any prefix code does whose lengths are at most 8, whose pairs hold no exponent 255, and that has one
-// symbol for the pair (0, 0), which all pairs without a symbol of their own fall back to (whole or by half: (e, 0) and (0, e) may be symbols too).
-//     codes[256 e0 + e1]   bits of the code, first bit lowest | length << 8 | 1 << 12 if e0 is not what the code decodes to | 1 << 13 likewise e1
+// The host makes the code from the counts. Any prefix code does whose lengths are at most 8, whose pairs hold no
+// exponent 255, and that has one symbol for the pair (0, 0), which all pairs without a symbol of their own fall back to
+// (whole or by half: (e, 0) and (0, e) may be symbols too).
+//     codes[256 e0 + e1]   bits of the code, first bit lowest | length << 8 | 1 << 12 if e0 is not what the code
+//                          decodes to | 1 << 13 likewise e1
 //     table[256]           entry of the code that the low bits of the index begin with
-#include "dense.cuh"
-#include "pair.cuh"
+#include "pair_code.cuh"
 #include "pair_product.cuh"
 
 using namespace taper;
 
 // Adds to counts[65536] how often exponents e0, e1 of neighbours occur (256 e0 + e1). Any grid, block 256.
 constexpr int COUNT_FROM = 72, COUNT_WIDTH = 64;  // the exponents that weights have: counted in shared memory
-extern "C" __global__ void __launch_bounds__(256) pair_count(const uint16_t* dense, int rows, int cols, int stride, uint32_t* counts) {
+extern "C" __global__ void __launch_bounds__(256)
+    pair_count(const uint16_t* dense, int rows, int cols, int stride, uint32_t* counts) {
   __shared__ uint32_t near[COUNT_WIDTH * COUNT_WIDTH];
   for (int i = threadIdx.x; i < COUNT_WIDTH * COUNT_WIDTH; i += 256) near[i] = 0;
   __syncthreads();
@@ -21,8 +23,10 @@ extern "C" __global__ void __launch_bounds__(256) pair_count(const uint16_t* den
     const uint16_t* at = dense + (size_t)row * stride;
     for (int i = threadIdx.x; i < pairs; i += 256) {
       const int e0 = at[2 * i] >> 7 & 255, e1 = at[2 * i + 1] >> 7 & 255, n0 = e0 - COUNT_FROM, n1 = e1 - COUNT_FROM;
-      if ((n0 | n1) >= 0 && n0 < COUNT_WIDTH && n1 < COUNT_WIDTH) atomicAdd(near + n0 * COUNT_WIDTH + n1, 1u);
-      else atomicAdd(counts + 256 * e0 + e1, 1u);
+      if ((n0 | n1) >= 0 && n0 < COUNT_WIDTH && n1 < COUNT_WIDTH)
+        atomicAdd(near + n0 * COUNT_WIDTH + n1, 1u);
+      else
+        atomicAdd(counts + 256 * e0 + e1, 1u);
     }
   }
   __syncthreads();
@@ -30,92 +34,16 @@ extern "C" __global__ void __launch_bounds__(256) pair_count(const uint16_t* den
     if (near[i]) atomicAdd(counts + 256 * (COUNT_FROM + i / COUNT_WIDTH) + COUNT_FROM + i % COUNT_WIDTH, near[i]);
 }
 
-// The size of a stage whose tail is too long.
-constexpr uint32_t IMPOSSIBLE = 65535;
-
-// What one lane has to code: its 32 pairs of one unit, in the order of decoding.
-struct LaneCodes {
-  uint32_t bits[PAIR_BITS / 32];
-  int length, repairs;
-};
-
-// Calls see(j, p, weight word, code): the pairs of a lane. Padding takes the exponents of its partner, or the filler's code.
-template <class See> __device__ __forceinline__ void each_pair(const Dense& unit, const uint16_t* codes, int filler, See see) {
-  for (int j = 0; j < 4; j++) {
-    const Dense::Vector v = unit.load(j);
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-      const int first = 8 * (p & 1) + (p & ~1);  // i = 8 h + kk of the pair's first weight
-      const bool in0 = v.inside(first), in1 = v.inside(first + 1);
-      const uint32_t w0 = v.weight(first), w1 = v.weight(first + 1);
-      const int e0 = w0 >> 7 & 255, e1 = in1 ? w1 >> 7 & 255 : e0;
-      const uint32_t code = codes[in0 ? 256 * e0 + e1 : filler];
-      // An exponent that decodes to zero is right if it is zero.
-      const bool repair0 = in0 && (code >> 12 & 1) && e0, repair1 = in1 && (code >> 13 & 1) && e1;
-      see(j, p, in0 ? w0 : 0, in1 ? w1 : 0, code, repair0, repair1);
-    }
-  }
-}
-
-__device__ __forceinline__ LaneCodes lane_codes(const Dense& unit, const uint16_t* codes, int filler) {
-  LaneCodes out = {};
-  uint64_t window = 0;
-  int held = 0, word = 0;
-  each_pair(unit, codes, filler, [&](int, int, uint32_t, uint32_t, uint32_t code, bool repair0, bool repair1) {
-    window |= (uint64_t)(code & 255) << held;
-    held += code >> 8 & 15;
-    out.length += code >> 8 & 15;
-    out.repairs += repair0 + repair1;
-    if (held >= 32) {
-#pragma unroll
-      for (int i = 0; i < PAIR_BITS / 32; i++)
-        if (i == word) out.bits[i] = (uint32_t)window;
-      word++, window >>= 32, held -= 32;
-    }
-  });
-#pragma unroll
-  for (int i = 0; i < PAIR_BITS / 32; i++)
-    if (i == word) out.bits[i] = (uint32_t)window;
-  return out;
-}
-
-// Starts of the lanes' codes: start = i A + 2 d, d a signed byte, in order, with the A that ends first. Every lane tries one A.
-struct LaneStarts {
-  int spacing, bits;  // A, end of the last lane
-  __device__ static int delta(int end, int linear) {  // the least d whose start is not before `end`
-    const int gap = end - linear, d = gap >= 0 ? (gap + 1) / 2 : -(-gap / 2);
-    return d < -128 ? -128 : d;
-  }
-  __device__ LaneStarts(const int* lengths, int lane) {
-    int total = 0;
-    for (int i = 0; i < 32; i++) total += lengths[i];
-    uint32_t best = 0xFFFFFFFF;
-    for (int round = 0; round < 2; round++) {
-      // Near the mean; if no lane's spacing works there, all over the range: 256 always does.
-      const int a = round == 0 ? max(0, total / 32 - 12) + lane : 8 * lane + 8;
-      int end = 0;
-      bool possible = a <= PAIR_BITS;
-      for (int i = 0; i < 32; i++) {
-        const int d = delta(end, i * a);
-        possible &= d <= 127;
-        end = i * a + 2 * d + lengths[i];
-      }
-      best = __reduce_min_sync(~0u, possible ? (uint32_t)end << 9 | a : 0xFFFFFFFF);
-      if (best != 0xFFFFFFFF) break;
-    }
-    spacing = best & 511, bits = best >> 9;
-  }
-};
-
 // Pass 1, block per stage: its size in 16 bytes.
-extern "C" __global__ void __launch_bounds__(256)
-    pair_size(const uint16_t* dense, int rows, int cols, int stride, const uint16_t* codes, int filler, uint32_t* sizes) {
+extern "C" __global__ void __launch_bounds__(256) pair_size(const uint16_t* dense, int rows, int cols, int stride,
+                                                            const uint16_t* codes, int filler, uint32_t* sizes) {
   __shared__ int lengths[8][32], words[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<Pair> shape(rows, cols);
   const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage);
   if (warp < units) {
-    const LaneCodes mine = lane_codes(Dense(dense, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane), codes, filler);
+    const LaneCodes mine =
+        lane_codes(Dense(dense, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane), codes, filler);
     lengths[warp][lane] = mine.length;
     __syncwarp();
     const LaneStarts starts(lengths[warp], lane);
@@ -126,13 +54,16 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) {
     int total = 0;
     for (int u = 0; u < units; u++) total += words[u];
-    sizes[blockIdx.x] = total > MAX_TAIL ? IMPOSSIBLE : ceil_div(pair_header_bytes(units) + units * Pair::UNIT_BYTES + 4 * total, 16);
+    sizes[blockIdx.x] =
+        total > MAX_TAIL ? IMPOSSIBLE : ceil_div(pair_header_bytes(units) + units * Pair::UNIT_BYTES + 4 * total, 16);
   }
 }
 
-// Pass 2, one block of 1024 threads: sizes of n stages to offsets[0..n], which go on from totals[0] (zero before the first row block).
-// totals: [0] 16-byte pieces so far, [1] the largest stage's; if that is IMPOSSIBLE the matrix needs another layout.
-extern "C" __global__ void __launch_bounds__(1024) pair_scan(const uint32_t* sizes, int n, uint32_t* offsets, uint32_t* totals) {
+// Pass 2, one block of 1024 threads: sizes of n stages to offsets[0..n], which go on from totals[0] (zero before the
+// first row block). totals: [0] 16-byte pieces so far, [1] the largest stage's; if that is IMPOSSIBLE the matrix needs
+// another layout.
+extern "C" __global__ void __launch_bounds__(1024)
+    pair_scan(const uint32_t* sizes, int n, uint32_t* offsets, uint32_t* totals) {
   __shared__ uint32_t sums[32];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   uint32_t base = totals[0], most = 0;
@@ -160,7 +91,8 @@ extern "C" __global__ void __launch_bounds__(1024) pair_scan(const uint32_t* siz
 
 // Pass 3, block per stage. `offsets` are those of these rows, `weights` is the whole matrix.
 extern "C" __global__ void __launch_bounds__(256)
-    pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint16_t* codes, int filler, const uint32_t* offsets, uint8_t* weights) {
+    pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint16_t* codes, int filler,
+              const uint32_t* offsets, uint8_t* weights) {
   __shared__ int lengths[8][32], words[8], repairs[8];
   __shared__ uint32_t buffer[8][MAX_WORDS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -231,10 +163,11 @@ extern "C" __global__ void __launch_bounds__(256)
   });
 }
 
-// Dense rows again. As many blocks as fit, each takes every gridDim.x-th of `stages` stages (tiles tile0 ...); out's first row is row 16 tile0.
-// Dynamic shared memory: TABLE_BYTES + slot_bytes.
-extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* weights, const uint32_t* offsets, const uint32_t* table, uint16_t* out, int rows, int cols,
-                                                              int stride, int tile0, int stages) {
+// Dense rows again. As many blocks as fit, each takes every gridDim.x-th of `stages` stages (tiles tile0 ...); out's
+// first row is row 16 tile0. Dynamic shared memory: TABLE_BYTES + slot_bytes.
+extern "C" __global__ void __launch_bounds__(256)
+    pair_decode(const uint8_t* weights, const uint32_t* offsets, const uint32_t* table, uint16_t* out, int rows,
+                int cols, int stride, int tile0, int stages) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Shape<Pair> shape(rows, cols);
@@ -256,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* wei
     async_wait<0>();
     __syncthreads();
     if (warp >= units) continue;
-    const uint32_t bytes = at + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES, head = lds32(at + 4 * warp);
+    const uint32_t bytes = at + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
+                   head = lds32(at + 4 * warp);
     PairStreams<1> stream;
     stream.start(0, tail, head, lds_s8(at + units * 4 + 32 * warp + lane), lane);
     const int row = tile * TILE_ROWS + g, col = (stage * Pair::UNITS + warp) * UNIT_COLS;
@@ -276,20 +210,32 @@ extern "C" __global__ void __launch_bounds__(256) pair_decode(const uint8_t* wei
         const int k = col + 32 * j + t * 8;
         if (row + 8 * h >= rows || k >= cols) continue;
         uint16_t* p = to + (size_t)8 * h * stride + 32 * j;
-        if (aligned && k + 8 <= cols) *(uint4*)p = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
+        if (aligned && k + 8 <= cols)
+          *(uint4*)p = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
         else
           for (int e = 0; e < 8; e++)
-            if (k + e < cols) p[e] = (uint16_t)((e / 2 == 0 ? a[h] : e / 2 == 1 ? a[2 + h] : e / 2 == 2 ? a[4 + h] : a[6 + h]) >> 16 * (e & 1));
+            if (k + e < cols)
+              p[e] = (uint16_t)((e / 2 == 0   ? a[h]
+                                 : e / 2 == 1 ? a[2 + h]
+                                 : e / 2 == 2 ? a[4 + h]
+                                              : a[6 + h]) >>
+                                16 * (e & 1));
       }
     }
     __syncwarp();
     const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
     for (int q = lane; q < repairs; q += 32) {
       const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-      if ((int)k / UNIT_COLS == warp) out[(size_t)((tile - tile0) * TILE_ROWS + (e & 15)) * stride + stage * Pair::UNITS * UNIT_COLS + k] = (uint16_t)(e >> 16);
+      if ((int)k / UNIT_COLS == warp)
+        out[(size_t)((tile - tile0) * TILE_ROWS + (e & 15)) * stride + stage * Pair::UNITS * UNIT_COLS + k] =
+            (uint16_t)(e >> 16);
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) { pair_product<1>(p); }
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) { pair_product<2>(p); }
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {
+  pair_product<1>(p);
+}
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) {
+  pair_product<2>(p);
+}

@@ -1,32 +1,37 @@
 // Layout `pair`: entropy-coded exponents, 10.9 bits a weight for a Gaussian, 11.1 with heavy tails.
 //
-// Two weights that share a register (neighbours in a row) share one code of at most 8 bits, so that a table of 256 words decodes it:
-//     entry   exponent of the first << 7 | of the second << 23 | length of the code: shift count and operand of the joining LOP3 in one
-// The pairs that are worth a code have one; of all others the exponents decode to zero and the weights are repairs. So the main product adds
-// nothing for them that matters (a value below 2^-126 with the weight's own sign), and a repair is simply weight times activation, exact
-// also for infinities. Exponent 255 is never in the table, exponent 0 needs no repair.
+// Two weights that share a register (neighbours in a row) share one code of at most 8 bits, so that a table of 256
+// words decodes it:
+//     entry   exponent of the first << 7 | of the second << 23 | length of the code: shift count and operand of the
+//             joining LOP3 in one
+// The pairs that are worth a code have one; of all others the exponents decode to zero and the weights are repairs. So
+// the main product adds nothing for them that matters (a value below 2^-126 with the weight's own sign), and a repair
+// is simply weight times activation, exact also for infinities. Exponent 255 is never in the table, exponent 0 needs no
+// repair.
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
-//           n x u32          first word | (A - 1) << 12 | repairs << 20: words counted from `tail`, A the bits between lanes
+//           n x u32          first word | (A - 1) << 12 | repairs << 20 (words of `tail`; A: the bits between lanes)
 //           n x 32 bytes     d (i8) of each lane; padded to 16 bytes
 //           n x 2048 bytes   sign and mantissa as in `fixed`
 //           tail             repairs of all units in their order: value as bf16 << 16 | column in the stage << 4 | row;
-//                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit first, 32 pairs: j, then p
-// Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is the end.
+//                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit
+//                            first, 32 pairs: j, then p
+// Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is
+// the end.
 //
-// A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its stages would not
-// fit a ring anyway.
+// A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its
+// stages would not fit a ring anyway.
 //
-// Budget per pair: PRMT + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 7 with refills; 5.2 instructions a weight in
-// all. The table is there once for each lane (32 KB), so that look-ups never meet in a bank. A look-up chain is long: each warp runs
-// four units at once, 32 chains an SM.
+// Budget per pair: PRMT + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 7 with refills;
+// 5.2 instructions a weight in all. The table is there once for each lane (32 KB), so that look-ups never meet in a
+// bank. A look-up chain is long: each warp runs four units at once, 32 chains an SM.
 #pragma once
-#include "product.cuh"
+#include "sums.cuh"
 
 namespace taper {
 
 struct Pair {
-  static constexpr int UNITS = 8, GROUP = 4;  // units that a warp decodes at once
+  static constexpr int UNITS = 8, GROUP = 4;            // units that a warp decodes at once
   static constexpr int UNIT_BYTES = 2048, TRAILER = 0;  // of Shape only counts are used
 };
 constexpr int TABLE_BYTES = 256 * 128;
@@ -35,7 +40,8 @@ constexpr int PAIR_BITS = 256, MAX_WORDS = 265, MAX_TAIL = 4095;  // bits of a l
 __host__ __device__ constexpr int pair_header_bytes(int units) { return (units * 36 + 15) / 16 * 16; }
 
 // The table on its way to shared memory, where entry i of lane l is at 128 i + 4 l.
-template <int THREADS> struct Table {
+template <int THREADS>
+struct Table {
   static constexpr int N = 2048 / THREADS;
   uint32_t v[N];
   __device__ __forceinline__ Table(const uint32_t* table, int tid) {
@@ -49,7 +55,8 @@ template <int THREADS> struct Table {
 };
 
 // U units side by side: their places in the bit streams and the next three words of each.
-template <int U> struct PairStreams {
+template <int U>
+struct PairStreams {
   uint32_t bit[U], at[U], w0[U], w1[U], w2[U];
   __device__ __forceinline__ void start(int u, uint32_t tail, uint32_t head, int d, int lane) {
     bit[u] = ((head >> 12 & 255) + 1) * lane + 2 * d;
@@ -67,7 +74,8 @@ template <int U> struct PairStreams {
       for (int u = 0; u < U; u++) entry[u][r] = lds32((window[u] & 0xFF) * by128 + table_of_lane);
       if (r < 3) {
 #pragma unroll
-        for (int u = 0; u < U; u++) window[u] = __funnelshift_r(window[u], 0, entry[u][r]);  // by the low 5 bits: the length
+        for (int u = 0; u < U; u++)
+          window[u] = __funnelshift_r(window[u], 0, entry[u][r]);  // by the low 5 bits: the length
       }
     }
 #pragma unroll

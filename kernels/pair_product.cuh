@@ -1,12 +1,13 @@
 // The product of layout `pair` (pair.cuh) with up to 16 columns of activations.
 //
-// As in product.cuh: one block per SM takes whole tiles and a slab of columns; 8 consumer warps, a producer. Here a warp takes four units of a stage at
-// a time, the groups of four dealt round to the warps, so a warp meets every fourth stage. It could therefore mistake an old phase of a
-// slot's barrier for the new one: each slot has two barriers for its arrivals, used in turn, and the ring at least five slots.
+// As in product.cuh: one block per SM takes whole tiles and a slab of columns; 8 consumer warps, a producer. Here a
+// warp takes four units of a stage at a time, the groups of four dealt round to the warps, so a warp meets every fourth
+// stage. It could therefore mistake an old phase of a slot's barrier for the new one: each slot has two barriers for
+// its arrivals, used in turn, and the ring at least five slots.
 //
-// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5 or 6 (5 where 6 do not fit), in_flight 3, or 2 with
-//          programmatic launch; keep = pair_tiles_kept; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as given.
-//          slabs, groups, partial, arrived as in product.cuh.
+// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5 or 6 (5 where 6 do not
+//          fit), in_flight 3, or 2 with programmatic launch; keep = pair_tiles_kept; slot_bytes: the largest stage +
+//          16. sm_80: slots and in_flight as given. slabs, groups, partial, arrived as in product.cuh.
 #pragma once
 #include "pair.cuh"
 
@@ -21,8 +22,8 @@ struct PairProduct {
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
 __host__ __device__ constexpr int pair_tiles_kept(int columns) { return columns <= 1 ? 8 : columns <= 4 ? 2 : 1; }
 __host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes) {
-  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + sums_bytes(pair_tiles_kept(columns), columns) +
-         columns * activation_stride(slab_width<Pair>(cols, slabs));
+  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES +
+         sums_bytes(pair_tiles_kept(columns), columns) + columns * activation_stride(slab_width<Pair>(cols, slabs));
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -33,7 +34,8 @@ struct PairRing {
       : base(base_), full(bars), empty(bars + 16 * PAIR_MAX_SLOTS), slots(p.p.slots), slot_bytes(p.slot_bytes) {}
   __device__ void init(int tid) {
     if (tid == 0) {
-      for (int s = 0; s < slots; s++) mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, 2);
+      for (int s = 0; s < slots; s++)
+        mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, 2);
       mbarrier_init_fence();
     }
   }
@@ -52,7 +54,8 @@ struct PairRing {
     const int total = part.tiles * part.stages;
     const auto offset = [&](int k) {
       if (k >= total) return make_uint2(0, 0);
-      const uint32_t* at = pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
+      const uint32_t* at =
+          pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
       return make_uint2(__ldg(at), __ldg(at + 1));
     };
     const uint64_t policy = evict_first_policy();
@@ -83,19 +86,23 @@ struct PairRing {  // a simple exchange: all threads copy a round of four stages
   __device__ uint32_t slot(int k) const { return base + k % 4 * slot_bytes; }
   __device__ void load(const PairProduct& pp, const Part<Pair>& part, int first, int last, int tid) {
     for (int k = first; k < last; k++) {
-      const uint32_t* at = pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
+      const uint32_t* at =
+          pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
       const uint32_t from = __ldg(at), n = __ldg(at + 1) - from;
-      for (uint32_t i = tid; i < n; i += CONSUMER_THREADS) async_copy16(slot(k) + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
+      for (uint32_t i = tid; i < n; i += CONSUMER_THREADS)
+        async_copy16(slot(k) + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
     }
     async_commit(), async_wait<0>();
   }
 };
 #endif
 
-// Sixteen repairs are one more product: its columns of A hold a weight in the repair's row, B the activations that it meets. The zeros of A must
-// not meet infinities, so B has +-1 in their place, and for NaN: what the main product makes of the weight's stand-in is infinite, or NaN, already.
+// Sixteen repairs are one more product: its columns of A hold a weight in the repair's row, B the activations that it
+// meets. The zeros of A must not meet infinities, so B has +-1 in their place, and for NaN: what the main product makes
+// of the weight's stand-in is infinite, or NaN, already.
 template <int NB>
-__device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, const uint32_t (&x_column)[NB], float (&c)[NB][4]) {
+__device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, const uint32_t (&x_column)[NB],
+                                            float (&c)[NB][4]) {
   const uint32_t g = lane >> 2, t = lane & 3;
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
@@ -126,12 +133,15 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
   }
 }
 
-// Four units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in a row of activations.
+// Four units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
+// a row of activations.
 template <int NB>
-__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane, const uint32_t (&x_row)[NB], uint32_t zeros,
-                                               uint32_t column, float (&c0)[NB][4], float (&c1)[NB][4]) {
+__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane,
+                                               const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
+                                               float (&c0)[NB][4], float (&c1)[NB][4]) {
   constexpr int U = Pair::GROUP;
-  const uint32_t deltas = stage + units * 4, bytes = stage + pair_header_bytes(units), tail = bytes + units * 2048, by128 = blockDim.y * 128;
+  const uint32_t deltas = stage + units * 4, bytes = stage + pair_header_bytes(units), tail = bytes + units * 2048,
+                 by128 = blockDim.y * 128;
   PairStreams<U> streams;
   uint32_t at[U], x_at[U][NB], repairs = 0, before = 0;
   if (first)
@@ -139,13 +149,15 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
     for (int u = 0; u < U; u++) before += lds32(stage + 4 * u) >> 20;
 #pragma unroll
   for (int u = 0; u < U; u++) {
-    const bool there = first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
+    const bool there =
+        first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
     const int unit = there ? first + u : first;
     const uint32_t head = lds32(stage + 4 * unit);
     if (there) repairs += head >> 20;
     at[u] = bytes + unit * 2048 + lane * 16;
 #pragma unroll
-    for (int nb = 0; nb < NB; nb++) x_at[u][nb] = there ? x_row[nb] + column + (first + u) * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
+    for (int nb = 0; nb < NB; nb++)
+      x_at[u][nb] = there ? x_row[nb] + column + (first + u) * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
     streams.start(u, tail, head, lds_s8(deltas + 32 * unit + lane), lane);
   }
 #pragma unroll 1
@@ -181,13 +193,16 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
   add_repairs<NB>(tail + before * 4, repairs, lane, x_column, c1);
 }
 
-template <int NB> __device__ __forceinline__ void pair_product(const PairProduct& pp) {
+template <int NB>
+__device__ __forceinline__ void pair_product(const PairProduct& pp) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Product& p = pp.p;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Part<Pair> part(p);
-  const int parts = p.x_type + 1, columns = p.batch * parts, stride = activation_stride(slab_width<Pair>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
-  const uint32_t table = shared_address(memory), ring_at = table + TABLE_BYTES, bars = ring_at + p.slots * pp.slot_bytes;
+  const int parts = p.x_type + 1, columns = p.batch * parts,
+            stride = activation_stride(slab_width<Pair>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
+  const uint32_t table = shared_address(memory), ring_at = table + TABLE_BYTES,
+                 bars = ring_at + p.slots * pp.slot_bytes;
   const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + sums_bytes(p.keep, columns);
   PairRing ring(pp, ring_at, bars);
   ring.init(tid - CONSUMER_THREADS);
@@ -197,7 +212,8 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
   if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
   let_next_kernel_start();
   wait_for_previous_kernel();
-  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(), tid);
+  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
+                                     part.width(), tid);
   async_commit();
   entries.store(table, tid);  // while the activations are on their way
   async_wait<0>();
@@ -207,7 +223,8 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
   // Groups of a tile: two a stage, but one in a last stage of at most four units.
-  const int last_units = part.shape.units_of(part.stage0 + part.stages - 1), groups = 2 * part.stages - (last_units <= Pair::GROUP);
+  const int last_units = part.shape.units_of(part.stage0 + part.stages - 1),
+            groups = 2 * part.stages - (last_units <= Pair::GROUP);
   float c0[NB][4], c1[NB][4];
 #pragma unroll
   for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
@@ -216,11 +233,13 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
     const int kept = min(p.keep, part.tiles - first_tile), n = kept * groups;
     int tile = warp / groups, in = warp - tile * groups;
     const auto work = [&](int q) {
-      const int stage = in / 2, k = (first_tile + tile) * part.stages + stage, units = part.shape.units_of(part.stage0 + stage), first = in % 2 * Pair::GROUP;
+      const int stage = in / 2, k = (first_tile + tile) * part.stages + stage,
+                units = part.shape.units_of(part.stage0 + stage), first = in % 2 * Pair::GROUP;
 #if __CUDA_ARCH__ >= 900
       ring.wait(k);
 #endif
-      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2, c0, c1);
+      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, zeros,
+                         stage * Pair::UNITS * UNIT_COLS * 2, c0, c1);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
       if (lane == 0) ring.release(k, units <= Pair::GROUP ? 2 : 1);
@@ -243,7 +262,8 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
 #if __CUDA_ARCH__ >= 900
     for (int q = warp; q < n; q += CONSUMERS) work(q);
 #else
-    // Rounds of eight groups lie in at most four whole stages and parts of a fifth's neighbours: stages of a round are loaded together.
+    // Rounds of eight groups lie in at most four whole stages and parts of a fifth's neighbours: stages of a round are
+    // loaded together.
     for (int q0 = 0; q0 < n; q0 += CONSUMERS) {
       const auto stage_of = [&](int q) { return (first_tile + q / groups) * part.stages + q % groups / 2; };
       for (int first = q0, end = min(q0 + CONSUMERS, n); first < end;) {
@@ -263,7 +283,9 @@ template <int NB> __device__ __forceinline__ void pair_product(const PairProduct
       float sum = 0;
       for (int s = 0; s < parts; s++)
         for (int w = 0; w < min(groups, CONSUMERS); w++)  // the warps that had a group of this tile
-          sum += lds_float(sums + (((k * CONSUMERS + (k * groups + w) % CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
+          sum += lds_float(
+              sums +
+              (((k * CONSUMERS + (k * groups + w) % CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
       hand_on(p, padded_rows, part.slab, (part.tile0 + first_tile + k) * TILE_ROWS + row, m, sum);
     }
     if (first_tile + p.keep < part.tiles) bar_sync<1, CONSUMER_THREADS>();

@@ -3,8 +3,8 @@
 
 using namespace taper;
 
-// One block of 1024 threads. plan: a uint4 for each stage, {repairs, ..} becomes {0 or repairs, offset, ..}; z and w are kept.
-// totals, zeroed before the first row block of a matrix, run on from one to the next:
+// One block of 1024 threads. plan: a uint4 for each stage, {repairs, ..} becomes {0 or repairs, offset, ..}; z and w
+// are kept. totals, zeroed before the first row block of a matrix, run on from one to the next:
 //   [0] entries used in the overflow list (above its capacity: entries were lost, the layout must not be used)
 //   [1] repairs   [2] stages that overflow   [3] most repairs in one stage   [4] stages
 extern "C" __global__ void __launch_bounds__(1024) repair_scan(uint4* plan, int stages, uint32_t* totals) {
@@ -28,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(1024) repair_scan(uint4* plan, int 
     used += all;
     __syncthreads();
   }
-  repairs = __reduce_add_sync(~0u, repairs), overflowing = __reduce_add_sync(~0u, overflowing), worst = __reduce_max_sync(~0u, worst);
+  repairs = __reduce_add_sync(~0u, repairs), overflowing = __reduce_add_sync(~0u, overflowing),
+  worst = __reduce_max_sync(~0u, worst);
   if (lane == 0) atomicAdd(totals + 1, repairs), atomicAdd(totals + 2, overflowing), atomicMax(totals + 3, worst);
   if (tid == 0) totals[0] = used, totals[4] += stages;
 }

@@ -1,23 +1,26 @@
-// Where a weight lies in the layouts that multiply, and the exact repair of weights that a layout's codes cannot express.
+// Where a weight lies in the layouts that multiply, and the exact repair of weights that a layout's codes cannot
+// express.
 //
 //   tile    16 rows of the matrix, all columns
 //   unit    16 rows x 128 columns = 2048 weights, the work of one warp at a time
 //   stage   up to L::UNITS neighbouring units of one tile, then a trailer: one asynchronous copy
 //
-// The stages of a tile follow one another, and the tiles. Rows and columns are padded to whole units with weights that decode to
-// a finite number: padded columns meet activations that are zero, the products of padded rows are dropped.
+// The stages of a tile follow one another, and the tiles. Rows and columns are padded to whole units with weights that
+// decode to a finite number: padded columns meet activations that are zero, the products of padded rows are dropped.
 //
-// A unit is four vectors of 32 columns. In vector j lane 4g+t holds 16 weights: rows g (h=0) and g+8 (h=1), columns 32j+8t+kk, kk=0..7.
-// Register p = 2*(kk/2)+h holds the two weights kk = 2*(p/2), +1, the lower column in the low half. So registers 0..3 and 4..7 are the A
-// fragments of two m16n8k16 products whose K indices are permuted: the B fragments of both are the 16 bytes at column 32j+8t of a row
-// of activations, one shared load without any shuffling.
+// A unit is four vectors of 32 columns. In vector j lane 4g+t holds 16 weights: rows g (h=0) and g+8 (h=1), columns
+// 32j+8t+kk, kk=0..7. Register p = 2*(kk/2)+h holds the two weights kk = 2*(p/2), +1, the lower column in the low half.
+// So registers 0..3 and 4..7 are the A fragments of two m16n8k16 products whose K indices are permuted: the B fragments
+// of both are the 16 bytes at column 32j+8t of a row of activations, one shared load without any shuffling.
 //
-//   trailer  +0 u32 overflow count   +4 u32 overflow offset   +8 L::EXTRA bytes of the layout   then ENTRIES u32 repairs
-//   repair   value as bf16 << 16 | 1 << 15 | unit in the stage << 11 | slot;  slot = 512 j + 256 (p/4) + 8 lane + 2 (p%4) + half; 0: none
+//   trailer  u32 overflow count, u32 overflow offset, L::EXTRA bytes of the layout, ENTRIES u32 repairs
+//   repair   value as bf16 << 16 | 1 << 15 | unit in the stage << 11 | slot, or 0 for none
+//   slot     512 j + 256 (p/4) + 8 lane + 2 (p%4) + half
 //
-// A stage with more repairs than its trailer has room for keeps all of them in the matrix's overflow list instead.
-// A warp that finds a repair for its unit writes the decoded registers to shared memory (over the unit, which it has read by then), lets each
-// lane patch one weight, and reads the registers back: 40 instructions, however many repairs. No warp without repairs pays more than a look.
+// A stage with more repairs than its trailer has room for keeps all of them in the matrix's overflow list instead. A
+// warp that finds a repair for its unit writes the decoded registers to shared memory (over the unit, which it has read
+// by then), lets each lane patch one weight, and reads the registers back: 40 instructions, however many repairs. No
+// warp without repairs pays more than a look.
 #pragma once
 #include "ptx.cuh"
 
@@ -28,21 +31,30 @@ constexpr int TILE_ROWS = 16, UNIT_COLS = 128, ENTRIES = 20;
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The shape of a matrix in layout L.
-template <class L> struct Shape {
+template <class L>
+struct Shape {
   int units, stages, tiles;  // units and stages of a tile
-  __host__ __device__ Shape(int rows, int cols) : units(ceil_div(cols, UNIT_COLS)), stages(ceil_div(units, L::UNITS)), tiles(ceil_div(rows, TILE_ROWS)) {}
-  __host__ __device__ int units_of(int stage) const { return units - stage * L::UNITS < L::UNITS ? units - stage * L::UNITS : L::UNITS; }
+  __host__ __device__ Shape(int rows, int cols)
+      : units(ceil_div(cols, UNIT_COLS)), stages(ceil_div(units, L::UNITS)), tiles(ceil_div(rows, TILE_ROWS)) {}
+  __host__ __device__ int units_of(int stage) const {
+    return units - stage * L::UNITS < L::UNITS ? units - stage * L::UNITS : L::UNITS;
+  }
   __host__ __device__ size_t tile_bytes() const { return (size_t)units * L::UNIT_BYTES + (size_t)stages * L::TRAILER; }
   __host__ __device__ static constexpr size_t stage_bytes() { return (size_t)L::UNITS * L::UNIT_BYTES + L::TRAILER; }
 };
 
-__device__ __forceinline__ uint32_t repair(uint32_t value, int unit, int slot) { return value << 16 | 0x8000u | unit << 11 | slot; }
-__device__ __forceinline__ int repair_slot(int j, int lane, int p, int half) { return 512 * j + 256 * (p >> 2) + 8 * lane + 2 * (p & 3) + half; }
+__device__ __forceinline__ uint32_t repair(uint32_t value, int unit, int slot) {
+  return value << 16 | 0x8000u | unit << 11 | slot;
+}
+__device__ __forceinline__ int repair_slot(int j, int lane, int p, int half) {
+  return 512 * j + 256 * (p >> 2) + 8 * lane + 2 * (p & 3) + half;
+}
 __device__ __forceinline__ bool repairs_unit(uint32_t entry, int unit) { return (entry >> 11 & 31) == (16u | unit); }
 
 // Decodes one unit and hands vector j's registers to use(j, a). `scratch` is the unit's own place in shared memory.
 template <class L, class Use>
-__device__ __forceinline__ void decode_unit(uint32_t unit_at, uint32_t trailer, int u, int lane, const uint32_t* overflow, Use use) {
+__device__ __forceinline__ void decode_unit(uint32_t unit_at, uint32_t trailer, int u, int lane,
+                                            const uint32_t* overflow, Use use) {
   // Lanes past the list look at the overflow count: one load and one vote settle both.
   const uint32_t entry = lds32(lane < ENTRIES ? trailer + 8 + L::EXTRA + 4 * lane : trailer);
   typename L::Unit unit;

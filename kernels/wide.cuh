@@ -1,34 +1,42 @@
 // y = x W^T for 17 to 64 columns of activations.
 //
-// A block has one stage of columns (at most 1024: `slabs` = stages) and a run of tiles. So warp w meets the same 128 columns in every tile and
-// keeps its activations in registers, as B fragments: 8 NB words a lane (64 for 32 columns, 128 for 64). What costs is the sum over the
-// warps of each tile, through shared memory, in two buffers so that one barrier a tile is enough. The slabs' sums meet in `partial`; when all
-// blocks of a group have arrived, they share out its tiles and add the planes in one order.
+// A block has one stage of columns (at most 1024: `slabs` = stages) and a run of tiles. So warp w meets the same 128
+// columns in every tile and keeps its activations in registers, as B fragments: 8 NB words a lane (64 for 32 columns,
+// 128 for 64). What costs is the sum over the warps of each tile, through shared memory, in two buffers so that one
+// barrier a tile is enough. The slabs' sums meet in `partial`; when all blocks of a group have arrived, they share out
+// its tiles and add the planes in one order.
 //
-// Budget   per unit at 64 columns: 176 instructions to decode, 64 products, 100 to store and add sums; 115 cycles of shared memory's time
-//          (24 each for the weights' way in and out, 64 for sums), against 203 in which 12-bit weights arrive at 3 TB/s.
+// Budget   per unit at 64 columns: 176 instructions to decode, 64 products, 100 to store and add sums; 115 cycles of
+//          shared memory's time (24 each for the weights' way in and out, 64 for sums), against 203 in which 12-bit
+//          weights arrive at 3 TB/s.
 //
-// Launch   grid groups * slabs, slabs = stages (more than the SMs: not possible, blocks of a group wait for each other), groups =
-//          min(tiles, SMs / slabs); block 256 (a ninth warp would leave each thread 168 registers); dynamic shared memory
-//          wide_shared_bytes(..); slots 3 to 8, in_flight is not used.
-//          partial: slabs * batch * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end (neither if slabs = 1).
+// Launch   grid groups * slabs, slabs = stages (more than the SMs: not possible, blocks of a group wait for each
+//          other), groups = min(tiles, SMs / slabs); block 256 (a ninth warp would leave each thread 168 registers);
+//          dynamic shared memory wide_shared_bytes(..); slots 3 to 8, in_flight is not used.
+//          partial: slabs * batch * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end (neither
+//          if slabs = 1).
 #pragma once
 #include "product.cuh"
 
 namespace taper {
 
-constexpr int WIDE_BLOCK = CONSUMER_THREADS, SUM_STRIDE = 20;  // floats between columns: what a warp stores at once falls into 32 banks
+constexpr int WIDE_BLOCK = CONSUMER_THREADS,
+              SUM_STRIDE = 20;  // floats between columns: what a warp stores at once falls into 32 banks
 __host__ __device__ constexpr int wide_sums_bytes(int columns) { return CONSUMERS * columns * SUM_STRIDE * 4; }
-template <class L> __host__ __device__ constexpr int wide_shared_bytes(int columns, int slots) {
+template <class L>
+__host__ __device__ constexpr int wide_shared_bytes(int columns, int slots) {
   return slots * slot_bytes<L>() + BARRIER_BYTES + 2 * wide_sums_bytes(columns);
 }
 
 #if __CUDA_ARCH__ >= 900
-// The block's barrier after each tile also says that its slot is free, so there is no producer: thread 0 sends for the next stage.
-template <class L> struct WideRing {
+// The block's barrier after each tile also says that its slot is free, so there is no producer: thread 0 sends for the
+// next stage.
+template <class L>
+struct WideRing {
   uint32_t base, full, slot = 0, phase = 0, fill = 0;
   int next = 0;  // tile to send for
-  __device__ WideRing(const Product& p, const Part<L>& part, uint32_t base_, uint32_t bars, int tid) : base(base_), full(bars) {
+  __device__ WideRing(const Product& p, const Part<L>& part, uint32_t base_, uint32_t bars, int tid)
+      : base(base_), full(bars) {
     if (tid == 0) {
       for (int s = 0; s < p.slots; s++) mbarrier_init(full + 8 * s, 1);
       mbarrier_init_fence();
@@ -38,7 +46,8 @@ template <class L> struct WideRing {
   }
   __device__ void send(const Product& p, const Part<L>& part) {
     if (next == part.tiles) return;
-    const uint8_t* src = p.weights + (part.tile0 + next++) * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes();
+    const uint8_t* src =
+        p.weights + (part.tile0 + next++) * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes();
     const uint32_t bytes = part.shape.units_of(part.stage0) * L::UNIT_BYTES + L::TRAILER;
     mbarrier_expect(full + 8 * fill, bytes);
     bulk_copy(base + fill * slot_bytes<L>(), src, bytes, full + 8 * fill, evict_first_policy());
@@ -54,7 +63,8 @@ template <class L> struct WideRing {
   __device__ uint32_t trailer(int, int units) const { return unit(units); }
 };
 #else
-template <class L> struct WideRing : Ring<L> {
+template <class L>
+struct WideRing : Ring<L> {
   __device__ WideRing(const Product& p, const Part<L>&, uint32_t base, uint32_t bars, int) : Ring<L>(p, base, bars) {}
   __device__ uint32_t unit(int u) const { return Ring<L>::unit(0, u); }
 };
@@ -62,13 +72,15 @@ template <class L> struct WideRing : Ring<L> {
 
 // The B fragments of this warp's unit: b[j][nb] is vector j of column 8 nb + g. Columns past the last repeat it.
 template <int NB>
-__device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product& p, int first, int width, int columns, uint32_t staging, int tid) {
+__device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product& p, int first, int width, int columns,
+                                               uint32_t staging, int tid) {
   const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, k = first + warp * UNIT_COLS + t * 8;
   if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
     if (warp * UNIT_COLS < width) {
 #pragma unroll
       for (int nb = 0; nb < NB; nb++) {
-        const uint4* from = (const uint4*)((const uint16_t*)p.x + (size_t)min(8 * nb + g, columns - 1) * p.x_stride + k);
+        const uint4* from =
+            (const uint4*)((const uint16_t*)p.x + (size_t)min(8 * nb + g, columns - 1) * p.x_stride + k);
 #pragma unroll
         for (int j = 0; j < 4; j++) b[j][nb] = from[4 * j];
       }
@@ -78,7 +90,8 @@ __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product&
   // Other types and what is not aligned: through shared memory, two warps' columns at a time.
   constexpr int STEP = 2 * UNIT_COLS, STRIDE = activation_stride(STEP);
   for (int at = 0; at < width; at += STEP) {
-    load_activations<CONSUMER_THREADS>(staging, STRIDE, p.x, p.x_type, p.x_stride, p.batch, p.cols, first + at, min(STEP, width - at), tid);
+    load_activations<CONSUMER_THREADS>(staging, STRIDE, p.x, p.x_type, p.x_stride, p.batch, p.cols, first + at,
+                                       min(STEP, width - at), tid);
     async_commit();
     async_wait<0>();
     bar_sync<1, CONSUMER_THREADS>();
@@ -86,17 +99,21 @@ __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product&
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) b[j][nb] = lds128(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 + t * 16);
+        for (int j = 0; j < 4; j++)
+          b[j][nb] =
+              lds128(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 + t * 16);
     }
     bar_sync<1, CONSUMER_THREADS>();
   }
 }
 
-template <class L, int NB> __device__ __forceinline__ void wide_product(const Product& p) {
+template <class L, int NB>
+__device__ __forceinline__ void wide_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Part<L> part(p);
-  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS, units = part.shape.units_of(part.stage0);
+  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS,
+            units = part.shape.units_of(part.stage0);
   const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>();
   uint32_t sums = bars + BARRIER_BYTES, other_sums = sums + wide_sums_bytes(columns);
   WideRing<L> ring(p, part, ring_at, bars, tid);
@@ -109,7 +126,8 @@ template <class L, int NB> __device__ __forceinline__ void wide_product(const Pr
     ring.wait();
     if (warp < units) {
       float c[NB][4] = {};
-      multiply_unit<L, NB>(ring.unit(warp), ring.trailer(warp, units), warp, lane, p.overflow, c, [&](int j, int nb) { return b[j][nb]; });
+      multiply_unit<L, NB>(ring.unit(warp), ring.trailer(warp, units), warp, lane, p.overflow, c,
+                           [&](int j, int nb) { return b[j][nb]; });
       const uint32_t mine = sums + (warp * columns * SUM_STRIDE + g) * 4;  // sums[warp][column][row]
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
@@ -129,9 +147,12 @@ template <class L, int NB> __device__ __forceinline__ void wide_product(const Pr
         for (int w = 0; w < CONSUMERS; w++) {
           if (w >= units) break;
           const uint4 v = lds128(sums + ((w * columns + m * parts + q) * SUM_STRIDE + (i & 3) * 4) * 4);
-          sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y), sum[2] += __uint_as_float(v.z), sum[3] += __uint_as_float(v.w);
+          sum[0] += __uint_as_float(v.x), sum[1] += __uint_as_float(v.y), sum[2] += __uint_as_float(v.z),
+              sum[3] += __uint_as_float(v.w);
         }
-      if (p.slabs > 1) *(float4*)(p.partial + ((size_t)part.slab * p.batch + m) * padded_rows + row) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      if (p.slabs > 1)
+        *(float4*)(p.partial + ((size_t)part.slab * p.batch + m) * padded_rows + row) =
+            make_float4(sum[0], sum[1], sum[2], sum[3]);
       else
 #pragma unroll
         for (int e = 0; e < 4; e++) finish(p, row + e, m, sum[e]);
@@ -142,17 +163,10 @@ template <class L, int NB> __device__ __forceinline__ void wide_product(const Pr
   if (p.slabs == 1) return;
 
   // All slabs of the group meet, then each block adds up its share of the tiles.
-  __threadfence();
-  bar_sync<1, CONSUMER_THREADS>();
-  if (tid == 0) {
-    atomicAdd(p.arrived + part.group, 1u);
-    while (*(volatile uint32_t*)(p.arrived + part.group) < (uint32_t)p.slabs) __nanosleep(20);
-    __threadfence();
-    if (atomicAdd(p.arrived + p.groups + part.group, 1u) == (uint32_t)p.slabs - 1) p.arrived[part.group] = p.arrived[p.groups + part.group] = 0;
-  }
-  bar_sync<1, CONSUMER_THREADS>();
+  meet(p, part.group, tid);
   const int from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
-  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs, tid, [&](int slab, int, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
+  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs, tid,
+                               [&](int slab, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
 }
 
 }  // namespace taper

@@ -1,0 +1,153 @@
+// What a product kernel is given, which part of it a block does, and how weights reach the block's shared memory.
+#pragma once
+#include "activations.cuh"
+#include "unit.cuh"
+
+namespace taper {
+
+struct Product {
+  const uint8_t* weights;
+  const uint32_t* overflow;
+  const float* row_scale;  // a factor for each row, or null
+  const void* x;
+  const void* bias;  // of type y_type, or null
+  void* y;
+  float* partial;
+  uint32_t* arrived;
+  int rows, cols, batch;
+  int x_stride, y_stride;  // elements between rows of x and of y
+  int x_type, y_type;      // Type
+  int groups, slabs;
+  int slots, in_flight;  // stages in the ring, stages on their way at most
+  int keep;              // tiles whose sums wait in shared memory to be added together
+};
+
+constexpr int CONSUMERS = 8, CONSUMER_THREADS = 32 * CONSUMERS, BLOCK = CONSUMER_THREADS + 32;
+constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
+
+// On compute capability 8 each warp keeps its own copy of the trailer.
+template <class L>
+__host__ __device__ constexpr int slot_bytes() {
+  return ceil_div(L::UNITS * L::UNIT_BYTES + CONSUMERS * L::TRAILER, 128) * 128;
+}
+__host__ __device__ constexpr int activation_stride(int width) {
+  return width * 2 + 64;
+}  // + 64: rows start in different banks
+template <class L>
+__host__ __device__ constexpr int slab_width(int cols, int slabs) {
+  return ceil_div(ceil_div(ceil_div(cols, UNIT_COLS), L::UNITS), slabs) * L::UNITS * UNIT_COLS;
+}
+__host__ __device__ constexpr int tiles_kept(int columns) { return columns <= 4 ? 8 : 32 / columns; }
+__host__ __device__ constexpr int sums_bytes(int keep, int columns) {
+  return keep * columns * CONSUMERS * TILE_ROWS * 4;
+}
+template <class L>
+__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots) {
+  return slots * slot_bytes<L>() + BARRIER_BYTES + sums_bytes(tiles_kept(columns), columns) +
+         columns * activation_stride(slab_width<L>(cols, slabs));
+}
+
+// What one block works on.
+template <class L>
+struct Part {
+  Shape<L> shape;
+  int slab, group, tile0, tiles, stage0, stages;
+  __device__ explicit Part(const Product& p) : shape(p.rows, p.cols) {
+    slab = blockIdx.x / p.groups, group = blockIdx.x - slab * p.groups;
+    tile0 = (int)((long long)shape.tiles * group / p.groups),
+    tiles = (int)((long long)shape.tiles * (group + 1) / p.groups) - tile0;
+    stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+  }
+  __device__ int first_col() const { return stage0 * L::UNITS * UNIT_COLS; }
+  __device__ int width() const { return min(stages * L::UNITS, shape.units - stage0 * L::UNITS) * UNIT_COLS; }
+};
+
+// ---- the ring of stages ----
+#if __CUDA_ARCH__ >= 900
+template <class L>
+struct Ring {
+  uint32_t base, full, empty, slot = 0, phase = 0;
+  int slots;
+  __device__ Ring(const Product& p, uint32_t base_, uint32_t bars)
+      : base(base_), full(bars), empty(bars + 8 * MAX_SLOTS), slots(p.slots) {}
+  __device__ void init(int tid) {
+    if (tid == 0) {
+      for (int s = 0; s < slots; s++) mbarrier_init(full + 8 * s, 1), mbarrier_init(empty + 8 * s, CONSUMERS);
+      mbarrier_init_fence();
+    }
+  }
+  __device__ void next() {
+    if (++slot == slots) slot = 0, phase ^= 1;
+  }
+  // One thread copies all stages of the block, at most p.in_flight of them on their way.
+  __device__ void produce(const Product& p, const Part<L>& part) {
+    const uint64_t policy = evict_first_policy();
+    uint32_t landed = 0, landed_phase = 0;
+    int ahead = 0;
+    for (int tile = 0; tile < part.tiles; tile++) {
+      const uint8_t* src =
+          p.weights + (part.tile0 + tile) * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes();
+      for (int s = 0; s < part.stages; s++, src += Shape<L>::stage_bytes()) {
+        if (ahead++ >= p.in_flight) {
+          mbarrier_wait(full + 8 * landed, landed_phase);
+          if (++landed == slots) landed = 0, landed_phase ^= 1;
+        }
+        mbarrier_wait(empty + 8 * slot, phase ^ 1);
+        const uint32_t bytes = part.shape.units_of(part.stage0 + s) * L::UNIT_BYTES + L::TRAILER;
+        mbarrier_expect(full + 8 * slot, bytes);
+        bulk_copy(base + slot * slot_bytes<L>(), src, bytes, full + 8 * slot, policy);
+        next();
+      }
+    }
+  }
+  __device__ void start(const Product&, const Part<L>&, int, int) {}
+  __device__ void wait() { mbarrier_wait(full + 8 * slot, phase); }
+  __device__ void done(const Product&, const Part<L>&, int, int lane) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty + 8 * slot);
+    next();
+  }
+  __device__ uint32_t unit(int, int u) const { return base + slot * slot_bytes<L>() + u * L::UNIT_BYTES; }
+  __device__ uint32_t trailer(int, int units) const { return base + slot * slot_bytes<L>() + units * L::UNIT_BYTES; }
+};
+#else
+template <class L>
+struct Ring {  // three slots; each warp copies and waits for its own units only
+  uint32_t base, slot = 0;
+  int tile = 0, stage = 0, fill = 0;
+  __device__ Ring(const Product&, uint32_t base_, uint32_t) : base(base_) {}
+  __device__ void init(int) {}
+  __device__ void produce(const Product&, const Part<L>&) {}
+  __device__ void copy_next(const Product& p, const Part<L>& part, int warp, int lane) {
+    if (tile < part.tiles) {
+      const int units = part.shape.units_of(part.stage0 + stage);
+      const uint8_t* src =
+          p.weights + (part.tile0 + tile) * part.shape.tile_bytes() + (part.stage0 + stage) * Shape<L>::stage_bytes();
+      const uint32_t to = base + fill * slot_bytes<L>();
+      for (int u = warp; u < units; u += CONSUMERS)
+        for (int i = lane; i < L::UNIT_BYTES / 16; i += 32)
+          async_copy16(to + u * L::UNIT_BYTES + 16 * i, src + u * L::UNIT_BYTES + 16 * i);
+      for (int i = lane; i < L::TRAILER / 16; i += 32)
+        async_copy16(to + L::UNITS * L::UNIT_BYTES + warp * L::TRAILER + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
+      if (++stage == part.stages) stage = 0, tile++;
+      fill = fill == 2 ? 0 : fill + 1;
+    }
+    async_commit();  // also when nothing is left: the waits count groups
+  }
+  __device__ void start(const Product& p, const Part<L>& part, int warp, int lane) {
+    copy_next(p, part, warp, lane), copy_next(p, part, warp, lane);
+  }
+  __device__ void wait() { async_wait<1>(), __syncwarp(); }
+  __device__ void done(const Product& p, const Part<L>& part, int warp, int lane) {
+    __syncwarp();
+    copy_next(p, part, warp, lane);
+    slot = slot == 2 ? 0 : slot + 1;
+  }
+  __device__ uint32_t unit(int, int u) const { return base + slot * slot_bytes<L>() + u * L::UNIT_BYTES; }
+  __device__ uint32_t trailer(int warp, int) const {
+    return base + slot * slot_bytes<L>() + L::UNITS * L::UNIT_BYTES + warp * L::TRAILER;
+  }
+};
+#endif
+
+}  // namespace taper

@@ -1,0 +1,229 @@
+// y = x W^T for 33 to 64 columns of activations on compute capability 9.0: products of whole warpgroups (wgmma,
+// sm_90a).
+//
+// A block has one stage of columns (`slabs` = stages) and a run of tiles. Its activations stay in shared memory, in the
+// order that wgmma reads, and are read once for four tiles: by a warpgroup, each of whose warps has decoded one tile's
+// unit into the registers that are the product's A. Two warpgroups halve the stage's units between them; the second
+// hands its sums to the first through shared memory. Each warp keeps a private ring of units. The slabs' sums meet in
+// `partial` as in wide.cuh.
+//
+// Order of x   16 bytes hold the eight columns of x that two registers of four lanes' A fragments hold: chunk q of
+//              vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1). Chunks lie one after another, within one
+//              the columns of activations.
+// Budget       per unit: 250 instructions to decode, 64 cycles of the tensor cores, 4 KB of x from shared memory; 203
+//              cycles in which 12-bit weights arrive at 3 TB/s. Some 10 us of a launch are not the weights': x (17 MB
+//              out of the L2 for all blocks), the slabs' sums.
+//
+// Launch       grid groups * slabs, slabs = stages (at most the SMs: blocks of a group wait for each other), groups =
+//              min(tiles, SMs / slabs); block 256; dynamic shared memory warpgroup_shared_bytes(..); slots 3. partial:
+//              slabs * batch * parts * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end.
+#pragma once
+#include "wide.cuh"
+
+namespace taper {
+
+template <class L>
+__host__ __device__ constexpr int warp_slot_bytes() {
+  return L::UNIT_BYTES + L::TRAILER;
+}
+constexpr int WARPGROUP_NB = 8;  // eights of columns of activations
+// x, the second warpgroup's sums, rings and their barriers.
+template <class L>
+__host__ __device__ constexpr int warpgroup_shared_bytes(int slots) {
+  return (L::UNITS * UNIT_COLS * 2 * 8 + 128 * 16) * WARPGROUP_NB + CONSUMERS * slots * (warp_slot_bytes<L>() + 8) +
+         128;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// D (64 x 64) += A (64 x 16, registers) B (16 x 64, shared memory; its descriptor).
+__device__ __forceinline__ void wgmma(float (&c)[8][4], const uint32_t* a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
+        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
+        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
+        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Descriptor of B: no swizzle, 8 x 16-byte blocks that lie 128 bytes apart over columns of x and `chunk` bytes apart
+// over K.
+__device__ __forceinline__ uint64_t b_descriptor(uint32_t at, uint32_t chunk) {
+  return (uint64_t)(at >> 4 & 0x3FFF) | (uint64_t)(chunk >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
+}
+
+// Columns [first, first + width) of x to shared memory in the order above; columns of activations past the last are
+// zero.
+__device__ __forceinline__ void arrange_activations(uint32_t xs, const Product& p, int first, int width, int columns,
+                                                    uint32_t staging, int tid) {
+  constexpr int NC = 8 * WARPGROUP_NB;
+  // Four neighbouring lanes hold the 64 bytes of vector j of column n, lane t the words that are t-th in each of its
+  // four chunks.
+  const auto store = [&](int n, int j, int t, uint4 v) {
+    const uint32_t at = xs + (j * 4 * NC + n) * 16 + t * 4;
+    sts32(at, v.x), sts32(at + NC * 16, v.y), sts32(at + 2 * NC * 16, v.z), sts32(at + 3 * NC * 16, v.w);
+  };
+  const int pieces = width / 32 * NC * 4;
+  if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
+    constexpr int DEEP = 8;
+    for (int base = tid; base < pieces; base += DEEP * CONSUMER_THREADS) {
+      uint4 v[DEEP];
+#pragma unroll
+      for (int d = 0; d < DEEP; d++) {
+        const int i = base + d * CONSUMER_THREADS, t = i & 3, n = i / 4 % NC, j = i / 4 / NC;
+        v[d] = i < pieces && n < columns
+                   ? *(const uint4*)((const uint16_t*)p.x + (size_t)n * p.x_stride + first + 32 * j + 8 * t)
+                   : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int d = 0; d < DEEP; d++) {
+        const int i = base + d * CONSUMER_THREADS;
+        if (i < pieces) store(i / 4 % NC, i / 4 / NC, i & 3, v[d]);
+      }
+    }
+    return;
+  }
+  constexpr int STEP = 64, STRIDE = activation_stride(STEP);  // NC rows of 192 bytes fit where the sums will be
+  for (int at = 0; at < width; at += STEP) {
+    load_activations<CONSUMER_THREADS>(staging, STRIDE, p.x, p.x_type, p.x_stride, p.batch, p.cols, first + at, STEP,
+                                       tid);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    for (int i = tid; i < STEP / 32 * NC * 4; i += CONSUMER_THREADS) {
+      const int t = i & 3, n = i / 4 % NC, j = i / 4 / NC;
+      store(n, at / 32 + j, t, n < columns ? lds128(staging + n * STRIDE + j * 64 + t * 16) : make_uint4(0, 0, 0, 0));
+    }
+    __syncthreads();
+  }
+}
+
+// The units that one warp takes: of each of its tiles (every fourth of the block's) those of its warpgroup's half.
+template <class L>
+struct WarpUnits {
+  uint32_t base, bars, slot = 0, phase = 0, fill = 0;
+  int slots, tile, unit;  // to send for next
+  const int tiles, first, last;
+  const uint8_t* const stage_at;
+  const Shape<L> shape;
+  const int units;
+  __device__ WarpUnits(const Product& p, const Part<L>& part, uint32_t base_, uint32_t bars_, int warp, int first_,
+                       int last_)
+      : base(base_),
+        bars(bars_),
+        slots(p.slots),
+        tile(warp & 3),
+        unit(first_),
+        tiles(part.tiles),
+        first(first_),
+        last(last_),
+        stage_at(p.weights + part.tile0 * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes()),
+        shape(part.shape),
+        units(part.shape.units_of(part.stage0)) {}
+  __device__ void send() {  // one lane
+    if (tile >= tiles || first == last) return;
+    const uint8_t* src = stage_at + tile * shape.tile_bytes();
+    const uint64_t policy = evict_first_policy();
+    const uint32_t to = base + fill * warp_slot_bytes<L>(), bar = bars + 8 * fill;
+    mbarrier_expect(bar, L::UNIT_BYTES + L::TRAILER);
+    bulk_copy(to, src + unit * L::UNIT_BYTES, L::UNIT_BYTES, bar, policy);
+    bulk_copy(to + L::UNIT_BYTES, src + units * L::UNIT_BYTES, L::TRAILER, bar, policy);
+    if (++unit == last) unit = first, tile += 4;
+    fill = (int)fill == slots - 1 ? 0 : fill + 1;
+  }
+  __device__ uint32_t wait() const {
+    mbarrier_wait(bars + 8 * slot, phase);
+    return base + slot * warp_slot_bytes<L>();
+  }
+  __device__ void done(int lane) {
+    __syncwarp();
+    if (lane == 0) send();
+    if ((int)++slot == slots) slot = 0, phase ^= 1;
+  }
+};
+#endif
+
+template <class L>
+__device__ __forceinline__ void warpgroup_product(const Product& p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(128) uint8_t memory[];
+  constexpr int NB = WARPGROUP_NB, NC = 8 * NB, X_BYTES = L::UNITS * UNIT_COLS * 2 * NC;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, half = warp >> 2;
+  const Part<L> part(p);
+  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS,
+            units = part.shape.units_of(part.stage0);
+  const uint32_t xs = shared_address(memory), sums = xs + X_BYTES, rings = sums + 128 * 16 * NB,
+                 bars = rings + CONSUMERS * p.slots * warp_slot_bytes<L>();
+  const int middle = (units + 1) / 2, first = half ? middle : 0, last = half ? units : middle;
+  WarpUnits<L> mine(p, part, rings + warp * p.slots * warp_slot_bytes<L>(), bars + warp * p.slots * 8, warp, first,
+                    last);
+  if (lane == 0) {
+    for (int s = 0; s < p.slots; s++) mbarrier_init(mine.bars + 8 * s, 1);
+    mbarrier_init_fence();
+    for (int s = 0; s < p.slots; s++) mine.send();
+  }
+  __syncwarp();
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  arrange_activations(xs, p, part.first_col(), part.width(), columns, sums, tid);
+  fence_async_proxy();
+  __syncthreads();
+
+  for (int tile0 = 0; tile0 < part.tiles; tile0 += 4) {
+    const bool there = tile0 + (warp & 3) < part.tiles;
+    float c[NB][4] = {};
+    for (int u = first; u < last; u++) {
+      uint32_t a[4][8] = {};
+      if (there) {
+        const uint32_t at = mine.wait();
+        decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, p.overflow, [&](int j, const uint32_t (&v)[8]) {
+#pragma unroll
+          for (int r = 0; r < 8; r++) a[j][r] = v[r];
+        });
+        mine.done(lane);
+      }
+      __syncwarp();
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const uint32_t at = xs + (u * 4 + j) * 4 * NC * 16;
+        wgmma(c, a[j], b_descriptor(at, NC * 16));
+        wgmma(c, a[j] + 4, b_descriptor(at + 2 * NC * 16, NC * 16));
+      }
+      wgmma_commit();
+      wgmma_wait();
+    }
+    // The second half's sums join the first's, which leaves them in the slab's plane.
+    const uint32_t spot = sums + (tid & 127) * 4;
+    if (half) {
+#pragma unroll
+      for (int i = 0; i < NB * 4; i++) sts_float(spot + i * 512, c[i / 4][i % 4]);
+    }
+    __syncthreads();
+    if (!half && there) {
+      float* to = p.partial + (size_t)part.slab * columns * padded_rows + (part.tile0 + tile0 + warp) * TILE_ROWS + g;
+#pragma unroll
+      for (int i = 0; i < NB * 4; i++) {
+        const int column = 8 * (i / 4) + 2 * t + (i & 1);
+        const float sum = c[i / 4][i % 4] + lds_float(spot + i * 512);
+        if (column < columns) to[(size_t)column * padded_rows + 8 * (i >> 1 & 1)] = sum;
+      }
+    }
+    __syncthreads();
+  }
+  meet(p, part.group, tid);
+  const int from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
+  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs * parts, tid, [&](int term, int m) {
+    return p.partial + ((size_t)(term / parts) * columns + m * parts + term % parts) * padded_rows;
+  });
+#endif
+}
+
+}  // namespace taper
