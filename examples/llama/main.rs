@@ -9,11 +9,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use candle_core::DType;
+use candle_core::{DType, Device};
 use candle_taper::Options;
+use candle_taper::matrix::GpuLayout;
 use candle_taper::models::{CompressedLlama, hub};
 use candle_taper::text::{Generator, ModelTokenizer, Sampler, SamplerOptions};
 use clap::Parser;
+
+// The same spans in the same file as taper generate --tracing.
+#[path = "../../src/bin/taper/trace.rs"]
+mod trace;
 
 /// Writes text with a Llama whose weights stay compressed.
 #[derive(Parser)]
@@ -42,10 +47,10 @@ struct Args {
     /// What the text begins with
     #[arg(long)]
     prompt: Option<String>,
-    /// Dtype of the activations: f16, bf16 or f32 [default: f32, the fastest on a CPU]
+    /// Dtype of the activations: f16, bf16 or f32 [default: f32 on a CPU, where it is the fastest, else bf16]
     #[arg(long)]
     dtype: Option<String>,
-    /// Write trace-TIME.json: taper generate does
+    /// Write trace-TIME.json for chrome://tracing
     #[arg(long)]
     tracing: bool,
     /// A repository on the hub
@@ -57,7 +62,7 @@ struct Args {
     /// A repository on the hub by its short name, such as v32-1b
     #[arg(long, value_parser = hub::known)]
     which: Option<&'static str>,
-    /// Needs a GPU
+    /// Refused: attention here is this crate's own
     #[arg(long)]
     use_flash_attn: bool,
     /// Penalty for repeating tokens, 1 for none
@@ -73,22 +78,26 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    let device = if args.cpu { Device::Cpu } else { Device::cuda_if_available(0)? };
     let dtype = match args.dtype.as_deref() {
         Some("f16") => DType::F16,
         Some("bf16") => DType::BF16,
-        Some("f32") | None => DType::F32,
+        Some("f32") => DType::F32,
+        None if device.is_cpu() => DType::F32,
+        None => DType::BF16,
         Some(other) => bail!("--dtype {other}: f16, bf16 or f32"),
     };
-    if args.use_flash_attn || args.tracing {
-        bail!("--use-flash-attn needs a GPU; --tracing is a flag of taper generate");
+    if args.use_flash_attn {
+        bail!("--use-flash-attn: attention here is this crate's own, on every device");
     }
+    let trace = args.tracing.then(trace::Trace::start).transpose()?;
     let dir = match (args.model_id.as_deref().or(args.which), args.compressed) {
         (Some(id), _) => hub::download(id, args.revision.as_deref(), Arc::new(()))?,
         (None, Some(dir)) => dir,
         (None, None) => Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tales"),
     };
     println!("loading the model weights from {}", dir.display());
-    let llama = CompressedLlama::from_pretrained(&dir, dtype, &Options::default())?;
+    let llama = CompressedLlama::from_pretrained_on(&dir, dtype, &device, GpuLayout::Auto, &Options::default())?;
     let tokenizer = ModelTokenizer::from_pretrained(&dir, llama.config())?;
     let sampler = Sampler::new(&SamplerOptions {
         seed: args.seed,
@@ -118,5 +127,5 @@ fn main() -> Result<()> {
     let stats = generator.stats();
     let rate = stats.generated.saturating_sub(1) as f64 / stats.time.as_secs_f64().max(1e-9);
     println!("\n{} tokens generated ({rate:.2} token/s)", stats.generated);
-    Ok(())
+    trace.map_or(Ok(()), |trace| trace.finish())
 }

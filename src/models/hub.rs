@@ -102,7 +102,7 @@ fn fetch(id: &str, revision: &str, progress: Arc<dyn Progress + Send + Sync>) ->
     let offline =
         std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| !["", "0", "false", "no", "off"].contains(&&*value));
     if offline {
-        return cached().map_err(|_| {
+        return cached().ok_or_else(|| {
             format!(
                 "the cache lacks revision {revision}, and HF_HUB_OFFLINE forbids to download it; unset it, or {}",
                 by_hand(id)
