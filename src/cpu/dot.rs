@@ -6,11 +6,11 @@
 //! last bit: a row of a tile is summed in 64 lanes (column `k` goes to lane `k mod 64`, each step a fused multiply-add),
 //! the lanes are added as [`reduce`] says, and the sums of the tiles are added from left to right.
 
-use super::{Backend, Bf16Join, join, vectorize};
+use super::bf16::Planes;
+use super::{Backend, ended, float, int8, join, rate, vectorize};
 use crate::Result;
-use crate::codec::Kind;
-use crate::codec::band::{Band, Scratch, UNFINISHED};
-use crate::codec::quant;
+use crate::codec::band::{Band, Scratch};
+use crate::codec::{Kind, TILE, quant};
 
 /// Lanes of a row's sum.
 pub const LANES: usize = 64;
@@ -58,6 +58,7 @@ fn add_blocks(backend: Backend, lanes: &mut [f32; LANES], weights: &[[f32; LANES
 #[derive(Clone, Debug, Default)]
 pub struct Activation {
     natural: Vec<f32>,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     permuted: Vec<f32>,
 }
 
@@ -78,7 +79,7 @@ impl Activation {
     }
 }
 
-/// `x` in the order in which AVX-512 unpacks BF16 weights: in each whole block of 64, position `16 q + 4 l + i` holds
+/// `x` in the order in which AVX-512 and AVX2 unpack BF16 weights: in each whole block of 64, position `16 q + 4 l + i` holds
 /// column `16 l + 4 q + i`.
 pub fn permuted(x: &[f32]) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());
@@ -87,6 +88,9 @@ pub fn permuted(x: &[f32]) -> Vec<f32> {
     }
     out
 }
+
+/// Rows that are decoded before they are multiplied.
+const ROWS: usize = 8;
 
 /// Buffers of one thread.
 #[derive(Debug, Default)]
@@ -114,24 +118,78 @@ pub fn dot_band(
     y: &mut [f32],
 ) -> Result<()> {
     let y = &mut y[..band.rows];
-    let classed = band.plan.kind == Kind::Bf16 && band.plan.class_bits > 0;
-    #[cfg(target_arch = "x86_64")]
-    if backend == Backend::Avx512 && classed && band.cols.is_multiple_of(LANES) {
-        let Scratch { plane, shifts, .. } = &mut scratch.scratch;
-        let mut join = Bf16Join::new(backend, band, plane, shifts);
-        super::avx512::dot_bf16(&mut join, &x.permuted[col..col + band.cols], y);
-        return if finished { join.finish() } else { Err(UNFINISHED) };
+    if backend != Backend::Scalar
+        && let Some(mut planes) = Planes::of(band, &scratch.scratch.plane)
+    {
+        match backend {
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512 => super::avx512::dot::dot(&mut planes, &x.permuted[col..col + band.cols], y),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 => super::avx2::dot::dot(&mut planes, &x.permuted[col..col + band.cols], y),
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon => super::neon::dot::dot(&mut planes, &x.natural[col..col + band.cols], y),
+            _ => unreachable!("backend {} is not of this machine", backend.name()),
+        }
+        return ended(finished, planes.finished());
     }
-    let _ = classed;
+    let natural = &x.natural[col..col + band.cols];
+    if let Some(mut rows) = float::Rows::of(backend, band, &scratch.scratch.plane) {
+        dot_rows(
+            backend,
+            natural,
+            y,
+            #[inline(always)]
+            |row, out| rows.row(row, out),
+        );
+        return ended(finished, rows.finished());
+    }
+    if let Some(mut rows) = rate::Rows::of(backend, band, &mut scratch.scratch) {
+        dot_rows(
+            backend,
+            natural,
+            y,
+            #[inline(always)]
+            |row, out| rows.row(row, out),
+        );
+        return ended(finished, rows.finished());
+    }
+    if band.plan.kind == Kind::Int8 && backend != Backend::Scalar {
+        let weights = int8::decode(backend, band, finished, &mut scratch.scratch, &mut scratch.padded)?;
+        dot_rows(
+            backend,
+            natural,
+            y,
+            #[inline(always)]
+            |row, out| weights.row_f32(row, &band.scales, out),
+        );
+        return Ok(());
+    }
     let mut weights = std::mem::take(&mut scratch.weights);
     weights.resize(band.weights(), 0.0);
     let decoded = values(backend, band, finished, scratch, &mut weights, band.cols);
-    let x = &x.natural[col..col + band.cols];
     for (y, row) in y.iter_mut().zip(weights.chunks_exact(band.cols)) {
-        *y += dot(backend, row, x);
+        *y += dot(backend, row, natural);
     }
     scratch.weights = weights;
     decoded
+}
+
+/// Adds to `y` the products of rows that `decode` gives, some at a time: they stay in the nearest cache.
+#[inline(always)]
+fn dot_rows(backend: Backend, x: &[f32], y: &mut [f32], mut decode: impl FnMut(usize, &mut [f32])) {
+    let mut weights = [[0.0; TILE]; ROWS];
+    for (part, y) in y.chunks_mut(ROWS).enumerate() {
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                for (row, out) in weights.iter_mut().take(y.len()).enumerate() {
+                    decode(ROWS * part + row, out);
+                }
+            },
+        );
+        y.iter_mut().zip(&weights).for_each(|(y, weights)| *y += dot(backend, &weights[..x.len()], x));
+    }
 }
 
 /// Decodes a band's weights to `f32`s, in rows of `stride` at `out`; quantised ones are not rounded to their tensor's
@@ -147,16 +205,57 @@ pub fn values(
     out: &mut [f32],
     stride: usize,
 ) -> Result<()> {
-    let DotScratch { scratch, values, .. } = scratch;
+    let DotScratch { scratch, values, padded, .. } = scratch;
+    if band.plan.kind == Kind::Int8 && backend != Backend::Scalar {
+        let weights = int8::decode(backend, band, finished, scratch, padded)?;
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                for (row, out) in out.chunks_mut(stride).take(band.rows).enumerate() {
+                    weights.row_f32(row, &band.scales, &mut out[..band.cols]);
+                }
+            },
+        );
+        return Ok(());
+    }
+    if let Some(mut rows) = float::Rows::of(backend, band, &scratch.plane) {
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                for (row, out) in out.chunks_mut(stride).take(band.rows).enumerate() {
+                    rows.row(row, out);
+                }
+            },
+        );
+        return ended(finished, rows.finished());
+    }
+    if let Some(mut rows) = rate::Rows::of(backend, band, scratch) {
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                for (row, out) in out.chunks_mut(stride).take(band.rows).enumerate() {
+                    rows.row(row, out);
+                }
+            },
+        );
+        return ended(finished, rows.finished());
+    }
     let dtype = band.plan.value_dtype();
     let row = band.cols * dtype.size();
     values.resize(band.rows * row, 0);
     join(backend, band, finished, scratch, values, row)?;
-    vectorize(backend, || {
-        for (out, values) in out.chunks_mut(stride).zip(values.chunks_exact(row)) {
-            quant::to_f32s(dtype, values, &mut out[..band.cols]);
-        }
-    });
+    vectorize(
+        backend,
+        #[inline(always)]
+        || {
+            for (out, values) in out.chunks_mut(stride).zip(values.chunks_exact(row)) {
+                quant::to_f32s(dtype, values, &mut out[..band.cols]);
+            }
+        },
+    );
     Ok(())
 }
 

@@ -21,9 +21,10 @@
 //! kernel spends some 100 instructions on 16 rows × 64 columns: 16 loads with the sign flipped, 16 `vpdpbusd`, and a tree
 //! of 44 that adds up lanes so that 16 rows come to stand side by side.
 
+use super::spread::{find, spread1, spread2, spread4};
 use super::{Backend, fill_classes, vectorize};
 use crate::Result;
-use crate::codec::band::{self, Band, Scratch, UNFINISHED};
+use crate::codec::band::{self, Band, BandBytes, ESCAPE_COUNT, Scratch, UNFINISHED};
 use crate::codec::quant::{Scales, round};
 use crate::codec::{BAND_ROWS, TILE};
 
@@ -135,6 +136,14 @@ impl<'a> Weights<'a> {
         self.rows
     }
 
+    /// A row's weights, as many as `out` takes.
+    #[inline(always)]
+    pub(super) fn row_f32(&self, row: usize, scales: &Scales, out: &mut [f32]) {
+        let scale = scales.row(row);
+        let integers = &self.bytes[row * self.stride..];
+        out.iter_mut().zip(integers).for_each(|(out, &q)| *out = f32::from(q as i8) * scale);
+    }
+
     /// Bytes from row to row.
     pub(super) fn stride(&self) -> usize {
         self.stride
@@ -170,11 +179,22 @@ pub fn decode<'a>(
     } else if backend == Backend::Scalar || band.plan.class_bits == 0 {
         band::decode_int8(band, scratch)?;
         &scratch.bytes[..n]
+    } else if band.plan.class_bits == 3 && n.is_multiple_of(8) {
+        vectorize(
+            backend,
+            #[inline(always)]
+            || join3(band, &mut scratch.bytes),
+        )?;
+        &scratch.bytes[..n]
     } else {
-        vectorize(backend, || {
-            fill_classes(band, scratch);
-            band::join_int8(band, scratch)
-        })?;
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                fill_classes(band, scratch);
+                band::join_int8(band, scratch)
+            },
+        )?;
         &scratch.bytes[..n]
     };
     if cols.is_multiple_of(64) {
@@ -188,6 +208,41 @@ pub fn decode<'a>(
         .zip(bytes.chunks_exact(cols))
         .for_each(|(to, from)| to[..cols].copy_from_slice(from));
     Ok(Weights::new(padded, band.rows, stride))
+}
+
+/// Joins 3-bit classes of high nibbles with low nibbles; their number is a multiple of 8.
+#[inline(always)]
+fn join3(band: &Band, out: &mut Vec<u8>) -> Result<()> {
+    let n = band.weights();
+    let BandBytes { coded, raw, mut escapes } = band.bytes;
+    let (Some((low, high)), Some(raw)) = (coded.split_at_checked(n / 4), raw.get(..n / 2)) else {
+        return Err(UNFINISHED);
+    };
+    let Some(high) = high.get(..n / 8) else { return Err(UNFINISHED) };
+    let m = &band.plan.map.values;
+    out.clear();
+    out.resize(n, 0);
+    let mut missing = false;
+    for (part, out) in out.chunks_mut(TILE).enumerate() {
+        let (at, len) = (part * TILE, out.len());
+        let mut class = [0u8; TILE];
+        spread2(&low[at / 4..(at + len) / 4], &mut class[..len], 0);
+        spread1(&high[at / 8..(at + len) / 8], &mut class[..len], 2);
+        // Choices by each bit, not a look-up, which no compiler makes a vector of.
+        let choose = |class: u8, bit: u32, zero: u8, one: u8| zero ^ (zero ^ one) & 0u8.wrapping_sub(class >> bit & 1);
+        for (out, &c) in out.iter_mut().zip(&class) {
+            let pair = |i: usize| choose(c, 0, m[i], m[i + 1]);
+            *out = choose(c, 2, choose(c, 1, pair(0), pair(2)), choose(c, 1, pair(4), pair(6))) << 4;
+        }
+        find(&class[..len], 7, |i| {
+            let (value, rest) = escapes.split_first().unwrap_or((&0, &[]));
+            missing |= escapes.is_empty();
+            (out[i], escapes) = (value << 4, rest);
+        });
+        spread4(&raw[at / 2..(at + len) / 2], out, 0);
+    }
+    band.predictor.inverse(out, band.cols);
+    if missing || !escapes.is_empty() { Err(ESCAPE_COUNT) } else { Ok(()) }
 }
 
 /// The scale of each row of a band.

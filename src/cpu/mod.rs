@@ -9,18 +9,22 @@ use std::sync::OnceLock;
 use crate::codec::band::{self, Band, ESCAPE_COUNT, Scratch, UNFINISHED};
 use crate::codec::geometry::padded;
 use crate::codec::levels;
-use crate::codec::{Coding, Dtype, Kind};
+use crate::codec::{Coding, Dtype, Kind, TILE};
 use crate::{Error, Result};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bf16;
 pub mod dot;
+mod float;
 pub mod gemm;
 pub mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod rate;
+mod spread;
 
 /// A set of CPU instructions to decode with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -157,14 +161,42 @@ pub fn join(
     if backend == Backend::Scalar || band.plan.class_bits == 0 {
         return band::decode(band, scratch, out, stride);
     }
+    if let Some(mut rows) = rate::Rows::of(backend, band, scratch) {
+        vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                let mut values = [0.0f32; TILE];
+                for (row, out) in out.chunks_mut(stride).take(band.rows).enumerate() {
+                    rows.row(row, &mut values);
+                    let out = out.as_chunks_mut::<4>().0;
+                    out.iter_mut().zip(&values[..band.cols]).for_each(|(out, value)| *out = value.to_le_bytes());
+                }
+            },
+        );
+        return ended(finished, rows.finished());
+    }
     let joined = match band.plan.kind {
         Kind::Bf16 => join_bf16(backend, band, scratch, out, stride),
-        _ => vectorize(backend, || {
-            fill_classes(band, scratch);
-            band::join(band, scratch, out, stride)
-        }),
+        _ => vectorize(
+            backend,
+            #[inline(always)]
+            || {
+                fill_classes(band, scratch);
+                band::join(band, scratch, out, stride)
+            },
+        ),
     };
     if finished { joined } else { Err(UNFINISHED) }
+}
+
+/// An error unless the symbols ended as they must and every escape was used.
+fn ended(finished: bool, escapes: bool) -> Result<()> {
+    match (finished, escapes) {
+        (true, true) => Ok(()),
+        (true, false) => Err(ESCAPE_COUNT),
+        (false, _) => Err(UNFINISHED),
+    }
 }
 
 /// One class for each weight from the class plane.
@@ -184,7 +216,8 @@ fn fill_classes(band: &Band, scratch: &mut Scratch) {
     }
 }
 
-/// Runs `f` with its loops compiled for the backend's vector units.
+/// Runs `f` with its loops compiled for the backend's vector units. A closure must be `#[inline(always)]`: it is called from
+/// several places, and compilers would rather compile it once, for none of them.
 #[inline(always)]
 pub(crate) fn vectorize<R>(backend: Backend, f: impl FnOnce() -> R) -> R {
     match backend {
@@ -193,6 +226,18 @@ pub(crate) fn vectorize<R>(backend: Backend, f: impl FnOnce() -> R) -> R {
         #[cfg(target_arch = "x86_64")]
         Backend::Avx512 => avx512::vectorize(f),
         _ => f(),
+    }
+}
+
+/// Replaces each byte below 16 by what `map` has for it.
+#[inline(always)]
+fn lookup(backend: Backend, map: &[u8; 16], bytes: &mut [u8]) {
+    match backend {
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 | Backend::Avx2 => avx2::lookup(map, bytes),
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => neon::lookup(map, bytes),
+        _ => bytes.iter_mut().for_each(|b| *b = map[usize::from(*b & 15)]),
     }
 }
 
@@ -207,7 +252,11 @@ pub(crate) fn convert(
     stride: usize,
 ) {
     for (values, out) in values.chunks_exact(cols * width).zip(out.chunks_mut(stride)) {
-        vectorize(backend, || crate::codec::quant::convert(values, width, dtype, &mut out[..cols * dtype.size()]));
+        vectorize(
+            backend,
+            #[inline(always)]
+            || crate::codec::quant::convert(values, width, dtype, &mut out[..cols * dtype.size()]),
+        );
     }
 }
 
@@ -248,7 +297,11 @@ struct Bf16Join<'a> {
 impl<'a> Bf16Join<'a> {
     /// At the start of a band whose rANS symbols, if it has any, are in `plane`.
     fn new(backend: Backend, band: &Band<'a>, plane: &'a [u8], shifts: &'a mut Vec<u8>) -> Bf16Join<'a> {
-        vectorize(backend, || levels::shifts(&band.scales, band.cols, shifts));
+        vectorize(
+            backend,
+            #[inline(always)]
+            || levels::shifts(&band.scales, band.cols, shifts),
+        );
         let plane = if band.plan.coding == Coding::Plain { band.bytes.coded } else { plane };
         Bf16Join {
             class_bits: band.plan.class_bits,

@@ -163,16 +163,20 @@ fn fit_levels(source: &Source, plan: &Plan, middle: u8) -> Vec<u8> {
     let sum = |(mut sums, mut buffers): (LevelSums, Buffers), tile| {
         let rect = geometry.tile(tile);
         for band in (0..rect.bands()).map(|index| rect.band(index)) {
-            cpu::vectorize(Backend::best(), || {
-                source.codes(plan, Scales::None, band, &mut buffers.codes, &mut buffers.values);
-                for (row, codes) in buffers.codes.chunks_exact(band.cols).enumerate() {
-                    let high = |&code: &u32| {
-                        let high = float.high(code);
-                        if high.abs_diff(middle) < 8 { high } else { middle }
-                    };
-                    sums.add(band.row + row, band.col, codes.iter().map(high));
-                }
-            });
+            cpu::vectorize(
+                Backend::best(),
+                #[inline(always)]
+                || {
+                    source.codes(plan, Scales::None, band, &mut buffers.codes, &mut buffers.values);
+                    for (row, codes) in buffers.codes.chunks_exact(band.cols).enumerate() {
+                        let high = |&code: &u32| {
+                            let high = float.high(code);
+                            if high.abs_diff(middle) < 8 { high } else { middle }
+                        };
+                        sums.add(band.row + row, band.col, codes.iter().map(high));
+                    }
+                },
+            );
         }
         (sums, buffers)
     };
@@ -202,14 +206,18 @@ fn joint_highs(source: &Source, plan: &Plan, levels: &[u8], step: usize) -> Vec<
         for band in 0..rect.bands() {
             let band = rect.band(band);
             let scales = Scales::of(plan.scale, levels, source.geometry, tile, &band);
-            cpu::vectorize(Backend::best(), || {
-                let Buffers { codes, values, shifts, bytes, .. } = &mut buffers;
-                source.codes(plan, scales, band, codes, values);
-                levels::shifts(&scales, band.cols, shifts);
-                bytes.clear();
-                bytes.extend(codes.iter().map(|&c| float.high(c)));
-                bytes.iter_mut().zip(shifts.iter()).for_each(|(high, &shift)| *high = high.wrapping_sub(shift));
-            });
+            cpu::vectorize(
+                Backend::best(),
+                #[inline(always)]
+                || {
+                    let Buffers { codes, values, shifts, bytes, .. } = &mut buffers;
+                    source.codes(plan, scales, band, codes, values);
+                    levels::shifts(&scales, band.cols, shifts);
+                    bytes.clear();
+                    bytes.extend(codes.iter().map(|&c| float.high(c)));
+                    bytes.iter_mut().zip(shifts.iter()).for_each(|(high, &shift)| *high = high.wrapping_sub(shift));
+                },
+            );
             let mut pairs = buffers.bytes.chunks_exact(2);
             for pair in &mut pairs {
                 joint[usize::from(pair[0]) | usize::from(pair[1]) << 8] += 1;

@@ -195,9 +195,13 @@ impl<'a> MatrixEncoder<'a> {
             let band = rect.band(index);
             let buffers = &mut work.buffers;
             let scales = Scales::of(plan.scale, &self.analysis.scales, self.source.geometry, tile, &band);
-            cpu::vectorize(backend, || {
-                self.source.codes(plan, scales, band, &mut buffers.codes, &mut buffers.values);
-            });
+            cpu::vectorize(
+                backend,
+                #[inline(always)]
+                || {
+                    self.source.codes(plan, scales, band, &mut buffers.codes, &mut buffers.values);
+                },
+            );
             if predictor != Predictor::None {
                 buffers.bytes.clear();
                 buffers.bytes.extend(buffers.codes.iter().map(|&c| c as u8));
@@ -205,12 +209,16 @@ impl<'a> MatrixEncoder<'a> {
                 predictor.forward(&buffers.bytes, band.cols, &mut buffers.residuals);
                 buffers.codes.iter_mut().zip(&buffers.residuals).for_each(|(code, &r)| *code = r.into());
             }
-            let sizes = cpu::vectorize(backend, || {
-                levels::shifts(&scales, band.cols, &mut buffers.shifts);
-                let Buffers { codes, values, shifts, .. } = &*buffers;
-                let codes = BandCodes { codes, values, shifts };
-                band::encode(plan, self.encode_table.as_ref(), codes, &mut work.scratch, &mut bytes)
-            })?;
+            let sizes = cpu::vectorize(
+                backend,
+                #[inline(always)]
+                || {
+                    levels::shifts(&scales, band.cols, &mut buffers.shifts);
+                    let Buffers { codes, values, shifts, .. } = &*buffers;
+                    let codes = BandCodes { codes, values, shifts };
+                    band::encode(plan, self.encode_table.as_ref(), codes, &mut work.scratch, &mut bytes)
+                },
+            )?;
             bytes[8 * index..8 * index + 4].copy_from_slice(&(sizes.coded as u32).to_le_bytes());
             bytes[8 * index + 4..8 * index + 8].copy_from_slice(&(sizes.escapes as u32).to_le_bytes());
             escapes += sizes.escapes;
@@ -280,20 +288,24 @@ impl<'a> MatrixEncoder<'a> {
                 continue;
             }
             let Work { buffers, decoded, .. } = &mut *work;
-            let same = cpu::vectorize(backend, || {
-                self.source.codes(plan, scales, part, &mut buffers.codes, &mut buffers.values);
-                let rows = buffers.codes.chunks(part.cols).zip(decoded.chunks(stride)).enumerate();
-                let values = &buffers.values;
-                let mut same = true;
-                for (row, (codes, decoded)) in rows {
-                    let values = values.get(row * part.cols..(row + 1) * part.cols).unwrap_or(&[]);
-                    same &= compare(plan, codes, values, scales.row(row), decoded);
-                    let (s, n) = power(values, decoded);
-                    signal += s;
-                    noise += n;
-                }
-                same
-            });
+            let same = cpu::vectorize(
+                backend,
+                #[inline(always)]
+                || {
+                    self.source.codes(plan, scales, part, &mut buffers.codes, &mut buffers.values);
+                    let rows = buffers.codes.chunks(part.cols).zip(decoded.chunks(stride)).enumerate();
+                    let values = &buffers.values;
+                    let mut same = true;
+                    for (row, (codes, decoded)) in rows {
+                        let values = values.get(row * part.cols..(row + 1) * part.cols).unwrap_or(&[]);
+                        same &= compare(plan, codes, values, scales.row(row), decoded);
+                        let (s, n) = power(values, decoded);
+                        signal += s;
+                        noise += n;
+                    }
+                    same
+                },
+            );
             if !same {
                 return Err(Error::Verify);
             }

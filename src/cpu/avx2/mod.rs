@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+pub(super) mod dot;
 pub(super) mod int8;
 
 use super::{Bf16Join, load};
@@ -127,6 +128,27 @@ pub(super) fn add_blocks(lanes: &mut [f32; 64], weights: &[[f32; 64]], x: &[[f32
     unsafe { inner(lanes, weights, x) }
 }
 
+/// Replaces each byte below 16 by what `map` has for it.
+pub(super) fn lookup(map: &[u8; 16], bytes: &mut [u8]) {
+    #[target_feature(enable = "avx2")]
+    fn inner(map: &[u8; 16], bytes: &mut [u8]) {
+        // SAFETY: the map has 16 bytes.
+        let table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(map.as_ptr().cast()) });
+        let (whole, rest) = bytes.as_chunks_mut::<32>();
+        for bytes in whole {
+            // SAFETY: the array has 32 bytes.
+            unsafe {
+                let at = bytes.as_mut_ptr().cast();
+                _mm256_storeu_si256(at, _mm256_shuffle_epi8(table, _mm256_loadu_si256(at)));
+            }
+        }
+        rest.iter_mut().for_each(|b| *b = map[usize::from(*b & 15)]);
+    }
+    assert!(available());
+    // SAFETY: the assertion above ensures that the CPU has the instructions.
+    unsafe { inner(map, bytes) }
+}
+
 /// Joins the BF16 weights from `first` on, as many as `out` holds.
 pub(super) fn join_bf16(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
     assert!(available());
@@ -139,7 +161,6 @@ fn join_bf16_avx2(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
     // SAFETY: the map has 16 bytes.
     let map = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(join.map.as_ptr().cast()) });
     let escape = _mm256_set1_epi8(join.escape() as i8);
-    let mantissa = _mm256_set1_epi8(0x7f);
     for (step, out) in out.chunks_mut(64).enumerate() {
         let i = first + 32 * step;
         let class = if join.class_bits == 4 { class4(join, i) } else { class3(join, i) };
@@ -163,12 +184,7 @@ fn join_bf16_avx2(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
             // SAFETY: the array has 32 bytes.
             high = unsafe { _mm256_loadu_si256(patched.as_ptr().cast()) };
         }
-        // Upper byte: sign, then seven exponent bits. Lower byte: the last exponent bit, then the mantissa.
-        let select =
-            |ones, zeros| _mm256_or_si256(_mm256_and_si256(mantissa, ones), _mm256_andnot_si256(mantissa, zeros));
-        let upper = select(_mm256_srli_epi16::<1>(high), raw);
-        let lower = select(raw, _mm256_slli_epi16::<7>(high));
-        let (even, odd) = (_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper));
+        let [even, odd] = interleave(high, raw);
         let weights = [_mm256_permute2x128_si256::<0x20>(even, odd), _mm256_permute2x128_si256::<0x31>(even, odd)];
         // SAFETY: a full step has 64 bytes of output; a partial one goes through an array of them.
         unsafe {
@@ -183,13 +199,32 @@ fn join_bf16_avx2(join: &mut Bf16Join, first: usize, out: &mut [u8]) {
     }
 }
 
+/// BF16 weights of exponents and raw bytes: of each 16, the first 8 in the first vector.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn interleave(high: __m256i, raw: __m256i) -> [__m256i; 2] {
+    // Upper byte: sign, then seven exponent bits. Lower byte: the last exponent bit, then the mantissa.
+    let mantissa = _mm256_set1_epi8(0x7f);
+    let select = |ones, zeros| _mm256_or_si256(_mm256_and_si256(mantissa, ones), _mm256_andnot_si256(mantissa, zeros));
+    let upper = select(_mm256_srli_epi16::<1>(high), raw);
+    let lower = select(raw, _mm256_slli_epi16::<7>(high));
+    [_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)]
+}
+
 /// 32 classes of a 4-bit plane.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn class4(join: &Bf16Join, i: usize) -> __m256i {
     let plane: [u8; 16] = load(join.plane, i / 2);
     // SAFETY: the array has 16 bytes.
-    let spread = _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(plane.as_ptr().cast()) });
+    spread4(unsafe { _mm_loadu_si128(plane.as_ptr().cast()) })
+}
+
+/// 32 nibbles, each in a byte.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn spread4(plane: __m128i) -> __m256i {
+    let spread = _mm256_cvtepu8_epi16(plane);
     _mm256_and_si256(_mm256_or_si256(spread, _mm256_slli_epi16::<4>(spread)), _mm256_set1_epi8(15))
 }
 
@@ -198,11 +233,17 @@ fn class4(join: &Bf16Join, i: usize) -> __m256i {
 #[inline]
 fn class3(join: &Bf16Join, i: usize) -> __m256i {
     let plane = i64::from_le_bytes(load(join.plane, i / 4));
+    spread3(plane, i32::from_le_bytes(load(join.plane, join.high_plane + i / 8)))
+}
+
+/// 32 pairs of bits, each in a byte, under their third bits.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn spread3(plane: i64, top: i32) -> __m256i {
     let spread = _mm256_cvtepu8_epi32(_mm_set1_epi64x(plane));
     let spread = _mm256_or_si256(spread, _mm256_slli_epi32::<6>(spread));
     let spread = _mm256_or_si256(spread, _mm256_slli_epi32::<12>(spread));
     let low = _mm256_and_si256(spread, _mm256_set1_epi8(3));
-    let top = i32::from_le_bytes(load(join.plane, join.high_plane + i / 8));
     let repeat = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
     let bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(top), repeat), bit);

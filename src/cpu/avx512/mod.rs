@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+pub(super) mod dot;
 pub(super) mod int8;
 
 use super::{Bf16Join, load};
@@ -192,42 +193,4 @@ fn weights64(join: &mut Bf16Join, i: usize, count: usize) -> [__m512i; 2] {
     let upper = _mm512_ternarylogic_epi64::<0xCA>(mantissa, _mm512_srli_epi16::<1>(high), raw);
     let lower = _mm512_ternarylogic_epi64::<0xCA>(mantissa, raw, _mm512_slli_epi16::<7>(high));
     [_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)]
-}
-
-/// Adds to each of `y` the product of a row of BF16 weights with the activation, whose [`super::dot::permuted`] form is
-/// `x`: `x.len()` columns, a multiple of 64. The weights never leave the registers.
-pub(super) fn dot_bf16(join: &mut Bf16Join, x: &[f32], y: &mut [f32]) {
-    assert!(available());
-    assert_eq!(x.len() % 64, 0);
-    // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { dot_bf16_avx512(join, x, y) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-fn dot_bf16_avx512(join: &mut Bf16Join, x: &[f32], y: &mut [f32]) {
-    let zero = _mm512_setzero_si512();
-    let cols = x.len();
-    for (row, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm512_setzero_ps(); 4];
-        for (step, x) in x.chunks_exact(64).enumerate() {
-            let [even, odd] = weights64(join, row * cols + 64 * step, 64);
-            let parts = [
-                _mm512_unpacklo_epi16(zero, even),
-                _mm512_unpackhi_epi16(zero, even),
-                _mm512_unpacklo_epi16(zero, odd),
-                _mm512_unpackhi_epi16(zero, odd),
-            ];
-            for (part, (sum, x)) in parts.into_iter().zip(sums.iter_mut().zip(x.chunks_exact(16))) {
-                // SAFETY: the chunk has 16 values.
-                let x = unsafe { _mm512_loadu_ps(x.as_ptr()) };
-                *sum = _mm512_fmadd_ps(_mm512_castsi512_ps(part), x, *sum);
-            }
-        }
-        // The order of `super::dot::reduce`.
-        let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-        let half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
-        let quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
-        let pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
-        *y += _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-    }
 }

@@ -3,6 +3,7 @@
 
 use std::arch::aarch64::*;
 
+pub(super) mod dot;
 pub(super) mod int8;
 
 use super::{Bf16Join, load};
@@ -63,6 +64,16 @@ pub(super) fn rans(coded: &[u8], table: &DecodeTable, plane: &mut [u8]) -> bool 
         decoder.decode(table, out);
     }
     decoder.finished()
+}
+
+/// Replaces each byte below 16 by what `map` has for it.
+pub(super) fn lookup(map: &[u8; 16], bytes: &mut [u8]) {
+    let (whole, rest) = bytes.as_chunks_mut::<16>();
+    for bytes in whole {
+        // SAFETY: NEON is part of AArch64; both arrays have 16 bytes.
+        unsafe { vst1q_u8(bytes.as_mut_ptr(), vqtbl1q_u8(vld1q_u8(map.as_ptr()), vld1q_u8(bytes.as_ptr()))) };
+    }
+    rest.iter_mut().for_each(|b| *b = map[usize::from(*b & 15)]);
 }
 
 /// Joins the BF16 weights from `first` on, as many as `out` holds.
