@@ -104,9 +104,9 @@ fn group(
 ) -> Result<Group> {
     let x = Tensor::randn(0.0f32, 1.0, (rows, shape.input), device)?;
     let inputs = subjects.iter().map(|s| Ok(x.to_dtype(s.dtype)?)).collect::<Result<Vec<_>>>()?;
-    // The first call wakes everything up; the second says how many make a sample.
+    // The first call of a layer checks checksums or repacks blocks; the last one says how many make a sample.
     let calls = subjects.iter_mut().zip(&inputs).map(|(subject, x)| {
-        subject.time(x, 1)?;
+        subject.time(x, subject.copies.len() as u32)?;
         let calls = BURST.as_secs_f64() / subject.time(x, 1)?.max(1e-9);
         Ok((calls.ceil() as u32).clamp(1, MAX_CALLS))
     });
