@@ -7,6 +7,8 @@ pub mod llama;
 pub mod model;
 pub mod patch;
 
+use std::path::{Path, PathBuf};
+
 use candle_taper::{Backend, Dtype};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
@@ -129,4 +131,15 @@ pub fn backends() -> Vec<Backend> {
     static SAID: std::sync::Once = std::sync::Once::new();
     SAID.call_once(|| lack.iter().for_each(|b| println!("skipped: backend {} is not available here", b.name())));
     have
+}
+
+/// The directory of real models and texts, which is not a part of this project: `TAPER_DATA`, or `shared/data` in a
+/// directory above. Says so if there is none.
+pub fn shared_data() -> Option<PathBuf> {
+    let above = || Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1).map(|dir| dir.join("shared/data"));
+    let data = std::env::var_os("TAPER_DATA").map(PathBuf::from).or_else(|| above().find(|data| data.is_dir()));
+    if data.is_none() {
+        println!("skipped: there is no shared/data above {}", env!("CARGO_MANIFEST_DIR"));
+    }
+    data
 }
