@@ -312,11 +312,8 @@ fn inspection_accounts_for_every_byte() {
 /// The real checkpoint that the design was measured on, where it is at hand.
 #[test]
 fn tiny_stories_survives() {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/TinyStories-656K");
-    if !model.is_dir() {
-        println!("skipped: {} is not there", model.display());
-        return;
-    }
+    let Some(data) = common::shared_data() else { return };
+    let model = data.join("TinyStories-656K");
     let dir = tempfile::tempdir().unwrap();
     let (out, back) = (dir.path().join("out"), dir.path().join("back"));
     compress(&model, &out);

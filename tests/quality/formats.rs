@@ -27,7 +27,7 @@ pub enum Format {
 /// All formats that are compared, with their names.
 pub fn all() -> Vec<(String, Format)> {
     let taper = |name: &str, codec| (name.to_string(), Format::Taper(Options { codec, ..Options::default() }));
-    let rates = [6.0, 5.0, 4.5, 4.0, 3.5, 3.0];
+    let rates = [6.5, 6.0, 5.5, 5.0, 4.5, 4.0, 3.5, 3.0];
     let rates = rates.map(|bits| taper(&format!("rate {bits}"), Codec::Rate { bits }));
     let gguf =
         [("Q8_0", GgmlDType::Q8_0), ("Q6_K", GgmlDType::Q6K), ("Q5_K", GgmlDType::Q5K), ("Q4_K", GgmlDType::Q4K)];

@@ -6,22 +6,18 @@ use anyhow::{Error, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::models::{DenseLlama, Llama};
 use candle_taper::nn::LinearLayer;
+use candle_transformers::generation::LogitsProcessor;
 use tempfile::TempDir;
 
 use super::llama2c;
 
 /// Positions of a window, each of which begins anew after BOS.
 pub const WINDOW: usize = 256;
-/// Characters of the text that perplexities are stated for.
-pub const CHARACTERS: usize = 20_000;
-
 /// A model and a text.
 pub struct Model {
     /// What it is called.
     pub name: &'static str,
-    /// Its perplexity on the first 20,000 characters of the text, as an independent implementation has it.
-    pub known: &'static str,
-    /// The tokens that this is over.
+    /// Tokens that perplexities are stated for: the first 20,000 characters of the text.
     pub tokens: usize,
     /// In the Hugging Face layout, not compressed.
     pub dir: PathBuf,
@@ -37,27 +33,41 @@ pub fn all(data: &Path, characters: usize) -> Result<Vec<Model>> {
     let dir = data.join("TinyStories-656K");
     let tokenizer = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).map_err(Error::msg)?;
     let tokens = tokenizer.encode(text.as_str(), false).map_err(Error::msg)?.get_ids().to_vec();
-    let larger = Model {
-        name: "TinyStories-656K",
-        known: "32.39",
-        tokens: 4352,
-        dir,
-        windows: windows(&tokens),
-        _converted: None,
-    };
+    let larger = Model { name: "TinyStories-656K", tokens: 4352, dir, windows: windows(&tokens), _converted: None };
     let converted = tempfile::tempdir()?;
     let file = |name: &str| std::fs::read(data.join("stories260K").join(name));
     llama2c::convert(&file("stories260K.bin")?, converted.path())?;
     let tokens = llama2c::Tokenizer::read(&file("stories260K_tok512.bin")?)?.encode(&text);
     let smaller = Model {
         name: "stories260K",
-        known: "4.712",
         tokens: 9472,
         dir: converted.path().to_path_buf(),
         windows: windows(&tokens),
         _converted: Some(converted),
     };
     Ok(vec![larger, smaller])
+}
+
+/// The model that comes with the source, on texts that it writes itself at temperature 1.
+pub fn tales(texts: u64) -> Result<Model> {
+    let restored = tempfile::tempdir()?;
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tales");
+    candle_taper::convert::decompress(source, restored.path(), true, &())?;
+    let llama = DenseLlama::from_pretrained(restored.path(), DType::F32, &Device::Cpu)?;
+    let mut cache = llama.new_cache(true)?;
+    let write = |seed| {
+        let mut sampler = LogitsProcessor::new(seed, Some(1.0), None);
+        cache.reset();
+        let mut text = vec![0];
+        while text.len() <= WINDOW {
+            let last = Tensor::new(&[text[text.len() - 1]], &Device::Cpu)?.unsqueeze(0)?;
+            text.push(sampler.sample(&llama.forward(&last, text.len() - 1, &mut cache)?.squeeze(0)?)?);
+        }
+        Ok((text[..WINDOW].to_vec(), text[1..].to_vec()))
+    };
+    let windows = (0..texts).map(write).collect::<Result<Vec<_>>>()?;
+    let (name, tokens, dir) = ("tales", WINDOW * windows.len(), restored.path().to_path_buf());
+    Ok(Model { name, tokens, dir, windows, _converted: Some(restored) })
 }
 
 fn windows(tokens: &[u32]) -> Vec<(Vec<u32>, Vec<u32>)> {
