@@ -106,6 +106,19 @@ fn rate_coding_beats_k_quants_at_their_own_bits() {
     }
 }
 
+/// What llama.cpp's quantiser takes for rows that are no whole number of blocks.
+#[test]
+fn short_rows_fall_back_as_in_llama_cpp() {
+    let Some(data) = common::shared_data() else { return };
+    let models = models::all(&data, CHARACTERS).unwrap();
+    let small = ["79% Q8_0, 21% F16", "79% Q8_0, 21% F16", "79% Q5_1, 21% F16", "79% Q5_0, 21% F16"];
+    for (model, expected) in [(&models[0], ["Q8_0", "Q8_0", "Q5_1", "Q5_0"]), (&models[1], small)] {
+        let gguf = formats::all().into_iter().filter(|(_, format)| matches!(format, Format::Gguf(_)));
+        let parts: Vec<String> = gguf.map(|(_, format)| quantise(&model.dir, &format).unwrap().parts).collect();
+        assert_eq!(parts, expected, "{}", model.name);
+    }
+}
+
 /// On the model that comes with the source, so that it is always tested.
 #[test]
 fn divergence_does_not_grow_with_the_position() {
