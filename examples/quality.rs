@@ -53,7 +53,9 @@ fn main() -> Result<()> {
             let llama = DenseLlama::from_pretrained(packed.dir.path(), DType::F32, &Device::Cpu)?;
             let forecast = Forecast::new(&llama, &model.windows)?;
             let own = forecast.perplexity(stated);
+            let same = forecast.bits().eq(exact.bits());
             let change = 100.0 * (own / perplexity - 1.0);
+            let change = if same { "none, to the last bit".into() } else { format!("{change:+.2}%") };
             let runs = match format {
                 Format::Taper(_) => {
                     let llama = CompressedLlama::from_pretrained(packed.dir.path(), DType::F32, &Options::default())?;
@@ -64,9 +66,7 @@ fn main() -> Result<()> {
             let (bits, snr, parts) = (packed.bits, packed.snr, packed.parts);
             let drift = Drift::of(&exact.divergence(&forecast));
             let divergence = drift.mean;
-            println!(
-                "| {name} | {parts} | {bits:.2} | {snr:.1} | {divergence:.5} | {own:.3} | {change:+.2}% | {runs} |"
-            );
+            println!("| {name} | {parts} | {bits:.2} | {snr:.1} | {divergence:.5} | {own:.3} | {change} | {runs} |");
             if snr.is_finite() {
                 drifts.push((name, drift));
             }
