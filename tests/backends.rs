@@ -3,6 +3,8 @@
 mod common;
 
 use candle_taper::codec::{Coding, Dtype, Kind, Scratch, band};
+use candle_taper::cpu::dot::{Activation, DotScratch, dot_band};
+use candle_taper::cpu::int8::{self, Rows};
 use candle_taper::cpu::{self, Backend};
 use common::bands::{Case, Table, plans, tables};
 use common::golden::Random;
@@ -85,6 +87,45 @@ fn bands_decode_side_by_side_as_they_do_alone() {
         // Bands of one matrix share its table.
         (other.table, other.sections.valid) = (one.table, false);
         compare_pair([&one, &other], &tables, reused);
+    });
+}
+
+/// Products too: the same verdict, and the same bits where the band is valid.
+#[test]
+fn every_backend_multiplies_as_scalar_does() {
+    let (plans, tables) = (plans(), tables());
+    run(10_000, |random, _| {
+        let case = Case::new(&plans, &tables, random);
+        let band = case.band(&tables);
+        let x: Vec<f32> = (0..case.cols).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+        let (rows, x) = (Rows::new(&x, case.cols), Activation::new(&x));
+        let product = |backend: Backend| {
+            let mut scratch = DotScratch::default();
+            let mut y = vec![0.25; case.rows];
+            let [finished] = cpu::symbols(backend, [&band], [&mut scratch.scratch]);
+            let dot = dot_band(backend, &band, finished, &mut scratch, &x, 0, &mut y);
+            let mut values = vec![0.0; case.rows * case.cols];
+            let [finished] = cpu::symbols(backend, [&band], [&mut scratch.scratch]);
+            let decoded = cpu::dot::values(backend, &band, finished, &mut scratch, &mut values, case.cols);
+            assert_eq!(dot.is_ok(), decoded.is_ok(), "{}: {}", backend.name(), case.name());
+            let mut rounded = vec![0.25; case.rows];
+            if case.plan.kind == Kind::Int8 {
+                let [finished] = cpu::symbols(backend, [&band], [&mut scratch.scratch]);
+                let DotScratch { scratch, padded, .. } = &mut scratch;
+                if let Ok(weights) = int8::decode(backend, &band, finished, scratch, padded) {
+                    int8::dot(backend, &weights, &band.scales, &rows, 0, 0, &mut rounded);
+                }
+            }
+            // The payload of a NaN depends on the order of an instruction's operands.
+            let bits = |values: &[f32]| -> Vec<u32> {
+                values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+            };
+            dot.is_ok().then(|| [bits(&y), bits(&values), bits(&rounded)])
+        };
+        let expected = product(Backend::Scalar);
+        for backend in common::backends() {
+            assert!(product(backend) == expected, "{}: {}", backend.name(), case.name());
+        }
     });
 }
 

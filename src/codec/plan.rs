@@ -34,7 +34,7 @@ pub enum Stage {
     /// Entropy-coded: the smallest.
     #[default]
     Rans,
-    /// 4-bit classes as they are: 12 bits for BF16, the fastest to decode.
+    /// 4-bit classes as they are: 12 bits for BF16, the fastest to decode. INT8 weights are plain bytes.
     Fixed12,
     /// 3-bit classes as they are, the rest escapes: about 11.2 bits for BF16.
     Fixed11,

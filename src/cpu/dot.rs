@@ -5,6 +5,10 @@
 //! Every backend, and the product with uncompressed weights too, adds in the same order, so that results are equal to the
 //! last bit: a row of a tile is summed in 64 lanes (column `k` goes to lane `k mod 64`, each step a fused multiply-add),
 //! the lanes are added as [`reduce`] says, and the sums of the tiles are added from left to right.
+//!
+//! BF16 weights go from their planes through registers into the sum. Of the other kinds some rows at a time are decoded to
+//! `f32`s that stay in the nearest cache. INT8 weights with scales have an order of their own ([`super::int8`]) unless
+//! exact activations are asked for.
 
 use super::bf16::Planes;
 use super::{Backend, ended, float, int8, join, rate, vectorize};

@@ -171,15 +171,21 @@ pub fn decode<'a>(
     if !finished {
         return Err(UNFINISHED);
     }
-    let bytes = if band.plan.class_bits == 0 && band.bytes.raw.len() >= n {
+    // These have no escapes.
+    let plain = band.bytes.escapes.is_empty();
+    let bytes = if band.plan.class_bits == 0 && plain && band.bytes.raw.len() >= n {
         &band.bytes.raw[..n]
-    } else if band.plan.class_bits == 8 && backend != Backend::Scalar {
+    } else if band.plan.class_bits == 8 && plain && backend != Backend::Scalar {
         band.predictor.inverse(&mut scratch.plane[..n], cols);
         &scratch.plane[..n]
     } else if backend == Backend::Scalar || band.plan.class_bits == 0 {
         band::decode_int8(band, scratch)?;
         &scratch.bytes[..n]
-    } else if band.plan.class_bits == 3 && n.is_multiple_of(8) {
+    } else if band.plan.class_bits == 3
+        && n.is_multiple_of(8)
+        && band.bytes.coded.len() >= n / 4 + n / 8
+        && band.bytes.raw.len() >= n / 2
+    {
         vectorize(
             backend,
             #[inline(always)]
@@ -210,15 +216,12 @@ pub fn decode<'a>(
     Ok(Weights::new(padded, band.rows, stride))
 }
 
-/// Joins 3-bit classes of high nibbles with low nibbles; their number is a multiple of 8.
+/// Joins 3-bit classes of high nibbles with low nibbles; their number is a multiple of 8, and all are there.
 #[inline(always)]
 fn join3(band: &Band, out: &mut Vec<u8>) -> Result<()> {
     let n = band.weights();
     let BandBytes { coded, raw, mut escapes } = band.bytes;
-    let (Some((low, high)), Some(raw)) = (coded.split_at_checked(n / 4), raw.get(..n / 2)) else {
-        return Err(UNFINISHED);
-    };
-    let Some(high) = high.get(..n / 8) else { return Err(UNFINISHED) };
+    let (low, high) = coded.split_at(n / 4);
     let m = &band.plan.map.values;
     out.clear();
     out.resize(n, 0);

@@ -1,8 +1,8 @@
 //! Decoding on the CPU: one scalar truth, faster backends that equal it byte for byte, and the choice between them.
 //!
-//! A backend does two things: it turns rANS words into the class plane, and it joins a plane of BF16 classes with raw
-//! bits and escapes. All other kinds share [`crate::codec::band`]'s loops, compiled once more for the backend's vector
-//! units. All `unsafe` of this layer is in the backend files, behind one safe door each.
+//! A backend turns rANS words into the class plane, joins a plane of BF16 classes with raw bits and escapes, and multiplies
+//! BF16 weights ([`dot`]) and INT8 ones ([`int8`]) in registers. The other kinds share loops over bytes, compiled once more
+//! for the backend's vector units. All `unsafe` of this layer is in the backend files, behind one safe door each.
 
 use std::sync::OnceLock;
 

@@ -63,7 +63,7 @@ pub enum CodecName {
 pub enum StageName {
     /// Entropy-coded: smallest (BF16: about 10.6 bits a weight)
     Rans,
-    /// Four plain bits: fastest to decode (BF16: 12 bits)
+    /// Four plain bits: fastest to decode (BF16: 12 bits; int8: plain bytes, as fast as Q8_0)
     Fixed12,
     /// Three plain bits, the rest listed (BF16: about 11.2 bits)
     Fixed11,
