@@ -27,6 +27,7 @@ pub(super) struct Kernels {
     pub decode_rows: CudaFunction,
     pub decode_ids: CudaFunction,
     pub convert: CudaFunction,
+    pub read: CudaFunction,
     pub repair_scan: CudaFunction,
     packed: Vec<(Family, PackedKernels)>,
     /// Pinned memory for uploads.
@@ -89,6 +90,7 @@ impl Kernels {
             decode_rows: function(&decode, "taper_decode_rows", shared)?.0,
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
             convert: function(&decode, "taper_convert", 0)?.0,
+            read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
             staging: Mutex::new(None),

@@ -19,6 +19,7 @@
 //! when the first has no work in flight; `Device::new_cuda_with_stream` has one stream for all threads. Before a graph is
 //! captured on such a stream, `CudaDevice::disable_event_tracking` must have been called, before anything was loaded.
 
+mod bandwidth;
 mod decode;
 mod gemm;
 mod kernels;
@@ -27,6 +28,7 @@ mod scratch;
 mod upload;
 mod weight;
 
+pub use bandwidth::GpuTimer;
 pub use decode::DeviceStream;
 pub use packed::set_programmatic_launch;
 pub use weight::CudaWeight;

@@ -495,7 +495,7 @@ impl Packed {
             }
         } else {
             let besides = 256 + 2 * 8 * columns * 80;
-            let slots = 73_728usize.div_ceil(self.family.stage_bytes()).min(16).min(room.checked_sub(besides)? / slot);
+            let slots = 73_728usize.div_ceil(self.family.stage_bytes()).min(8).min(room.checked_sub(besides)? / slot);
             if stages > processors || slots == 0 {
                 return None;
             }

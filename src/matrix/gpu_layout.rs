@@ -6,16 +6,17 @@ use crate::{Error, Result};
 /// it cannot have is an error, except for the choices that are left to this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum GpuLayout {
-    /// The fastest: measured once for each shape, kind and GPU, and remembered.
+    /// The fastest: `Fixed` or `Integers`, which fused kernels multiply with; for matrices that neither suits (F16 and F32
+    /// ones, and BF16 ones whose exponents are all over the range) `Dense`.
     #[default]
     Auto,
-    /// The one that takes the least memory.
+    /// The one that takes the least memory: the stream as it is at rest.
     Smallest,
     /// 12.05 bits a BF16 weight, decoded in registers: for matrices whose weights are all BF16 numbers.
     Fixed,
     /// Integers of 8, 5 or 4 bits with their scales, multiplied as they are: for INT8 and rate-coded matrices.
     Integers,
-    /// The stream as it is at rest.
+    /// The stream as it is at rest. Products decode it first, all of it for each.
     Rans,
     /// Plain weights: what candle's own layers have.
     Dense,

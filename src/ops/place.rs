@@ -29,10 +29,13 @@ impl Place {
                     Some(tensor) if !error.to_string().contains(tensor) => error.in_tensor(tensor),
                     _ => error,
                 };
-                if layout == GpuLayout::Dense {
-                    return Ok(Place::Dense(dense(weight, cuda, device).map_err(name)?));
+                let at_rest = if layout == GpuLayout::Dense { GpuLayout::Rans } else { layout };
+                let placed = crate::cuda::CudaWeight::new(weight, cuda, at_rest).map_err(name)?;
+                // No fused kernel takes the stream as it is at rest.
+                let slow = layout == GpuLayout::Auto && placed.layout() == GpuLayout::Rans;
+                if slow || layout == GpuLayout::Dense {
+                    return Ok(Place::Dense(dense(&placed, device).map_err(name)?));
                 }
-                let placed = crate::cuda::CudaWeight::new(weight, cuda, layout).map_err(name)?;
                 Ok(Place::Cuda(std::sync::Arc::new(placed)))
             }
             other => {
@@ -75,18 +78,17 @@ impl Place {
 
 /// Plain weights on the GPU, decoded there: in the matrix's own dtype, one-byte kinds in BF16.
 #[cfg(feature = "cuda")]
-fn dense(weight: &Weight, cuda: &candle_core::CudaDevice, device: &Device) -> TaperResult<Tensor> {
+fn dense(decoded: &crate::cuda::CudaWeight, device: &Device) -> TaperResult<Tensor> {
     use candle_core::op::BackpropOp;
     use candle_core::{DType, Storage};
 
     use crate::codec::Dtype;
-    let decoded = crate::cuda::CudaWeight::new(weight, cuda, GpuLayout::Rans)?;
-    let dtype = match weight.dtype() {
+    let dtype = match decoded.dtype() {
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::Bf16 | Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::I8 => DType::BF16,
     };
-    let geometry = weight.geometry();
+    let geometry = decoded.geometry();
     let storage = Storage::Cuda(decoded.decode_rows(0..geometry.rows, dtype)?);
     // The stream is freed when this work is done.
     device.synchronize()?;

@@ -5,9 +5,14 @@ use std::path::PathBuf;
 use anyhow::bail;
 use candle_taper::convert::ConvertOptions;
 #[cfg(feature = "candle")]
+use candle_taper::matrix::GpuLayout;
+#[cfg(feature = "candle")]
 use candle_taper::text::SamplerOptions;
 use candle_taper::{Codec, Options, ScaleLayout, Stage};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+#[cfg(feature = "candle")]
+use crate::device::DeviceName;
 use regex::Regex;
 
 /// Makes large-model weights small, losslessly or after quantisation, in ordinary safetensors files.
@@ -227,14 +232,20 @@ pub struct GenerateArgs {
     /// How many tokens count as recent
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub repeat_last_n: usize,
-    /// The dtype of the activations [default: f32]
+    /// The dtype of the activations [default: f32, on a GPU bf16]
     #[arg(long, value_enum)]
     pub dtype: Option<DtypeName>,
+    /// Where to run: cpu, cuda or cuda:N [default: the first GPU in builds with --features cuda, else the CPU]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceName>,
+    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, integers, rans or dense
+    #[arg(long, value_name = "LAYOUT", default_value = "auto", value_parser = crate::device::layout)]
+    pub layout: GpuLayout,
     /// Compute all positions again for each token
     #[arg(long)]
     pub no_kv_cache: bool,
-    /// Run on the CPU, as this build always does
-    #[arg(long)]
+    /// Run on the CPU, as --device cpu
+    #[arg(long, conflicts_with = "device")]
     pub cpu: bool,
     /// Write trace-TIME.json for chrome://tracing
     #[arg(long)]

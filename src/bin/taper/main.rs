@@ -4,6 +4,8 @@ mod args;
 #[cfg(feature = "candle")]
 mod bench;
 #[cfg(feature = "candle")]
+mod device;
+#[cfg(feature = "candle")]
 mod generate;
 mod progress;
 mod render;

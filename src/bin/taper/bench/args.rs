@@ -5,10 +5,12 @@ use std::str::FromStr;
 
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
+use candle_taper::matrix::GpuLayout;
 use candle_taper::{Codec, Options, Stage};
 use clap::{Args, ValueEnum};
 
 use crate::args::DtypeName;
+use crate::device::DeviceName;
 
 /// `taper bench`. Flags that llama-bench has too mean the same.
 #[derive(Debug, Args)]
@@ -23,8 +25,9 @@ pub struct BenchArgs {
     #[arg(long, value_name = "OxI", value_delimiter = ',', default_value = "4096x4096,14336x4096")]
     #[arg(conflicts_with = "model")]
     pub shape: Vec<Shape>,
-    /// Rows of activations: 1 as when text is generated, more as when a prompt is read
-    #[arg(long, value_name = "M", value_delimiter = ',', default_value = "1,128", conflicts_with = "model")]
+    /// Rows of activations: 1 as when text is generated, more as when a prompt is read [default: 1,128, on a GPU
+    /// 1,8,16,64,512]
+    #[arg(long, value_name = "M", value_delimiter = ',', conflicts_with = "model")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub rows: Vec<u32>,
     /// How the layers' weights are distributed
@@ -41,9 +44,18 @@ pub struct BenchArgs {
     /// [default: bf16,f16,f32,q8_0 for layers, bf16,f32 for models]
     #[arg(long, value_name = "F", value_delimiter = ',')]
     pub stock: Vec<Stock>,
-    /// The dtype of our activations; stock layers take their own
-    #[arg(long, value_enum, default_value_t = DtypeName::F32)]
-    pub dtype: DtypeName,
+    /// The dtype of our activations; stock layers take their own [default: f32, on a GPU bf16]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeName>,
+    /// Where to run: cpu, cuda or cuda:N (builds with --features cuda)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceName,
+    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, integers, rans, dense; each coding in each layout
+    #[arg(long, value_name = "LAYOUT", value_delimiter = ',', default_value = "auto", value_parser = crate::device::layout)]
+    pub layout: Vec<GpuLayout>,
+    /// On a GPU, let no kernel start before the one that it follows has ended
+    #[arg(long)]
+    pub plain_launch: bool,
     /// Tokens of the prompt that is read; 0 to time no prompt
     #[arg(short = 'p', long, value_name = "N", default_value_t = 128, requires = "model")]
     pub n_prompt: usize,
@@ -56,10 +68,10 @@ pub struct BenchArgs {
     /// Stop generating after this time; the speed is that of the tokens made until then
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, requires = "model")]
     pub max_time: f64,
-    /// Bytes of weights that calls take turns with, so that no cache holds them, in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128, conflicts_with = "model")]
+    /// Bytes of weights that calls take turns with, so that no cache holds them, in MiB [default: 128, on a GPU 640]
+    #[arg(long, value_name = "MIB", conflicts_with = "model")]
     #[arg(value_parser = clap::value_parser!(u32).range(0..=1 << 20))]
-    pub rotate: u32,
+    pub rotate: Option<u32>,
     /// Print JSON instead of tables
     #[arg(long)]
     pub json: bool,
@@ -87,7 +99,30 @@ impl BenchArgs {
 
     /// The dtype of our activations.
     pub fn activations(&self) -> DType {
-        self.dtype.into()
+        match self.dtype {
+            Some(dtype) => dtype.into(),
+            None if self.on_gpu() => DType::BF16,
+            None => DType::F32,
+        }
+    }
+
+    /// True if a GPU is asked for.
+    pub fn on_gpu(&self) -> bool {
+        self.device != DeviceName::Cpu
+    }
+
+    /// Rows of activations.
+    pub fn rows(&self) -> &[u32] {
+        match self.on_gpu() {
+            _ if !self.rows.is_empty() => &self.rows,
+            true => &[1, 8, 16, 64, 512],
+            false => &[1, 128],
+        }
+    }
+
+    /// MiB of weights that calls take turns with.
+    pub fn rotate(&self) -> u32 {
+        self.rotate.unwrap_or(if self.on_gpu() { 640 } else { 128 })
     }
 }
 

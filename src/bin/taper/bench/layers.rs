@@ -22,6 +22,11 @@ use super::timing::in_turns;
 /// Codings and formats that are timed unless others are asked for.
 const CODINGS: [&str; 5] = ["rans", "fixed12", "fixed11", "int8", "int8-fixed12"];
 const STOCKS: [&str; 4] = ["bf16", "f16", "f32", "q8_0"];
+/// The same on a GPU.
+const GPU_CODINGS: [&str; 3] = ["rans", "int8", "rate-4"];
+const GPU_STOCKS: [&str; 1] = ["bf16"];
+/// The calls of a sample on a GPU: enough to fill it, few enough to be enqueued before they begin.
+const GPU_CALLS: u32 = 40;
 /// Rounds unless asked for.
 const ROUNDS: u32 = 20;
 /// One sample is the mean of calls that take about this long together, so that threads are awake as they are in a model.
@@ -61,32 +66,66 @@ impl Subject {
     }
 
     /// The seconds that each of `calls` calls takes.
-    fn time(&mut self, x: &Tensor, calls: u32) -> Result<f64> {
-        let start = Instant::now();
-        for _ in 0..calls {
-            self.next = (self.next + 1) % self.copies.len();
-            black_box(self.copies[self.next].forward(black_box(x))?);
+    fn time(&mut self, x: &Tensor, calls: u32, clock: &mut Clock) -> Result<f64> {
+        let seconds = clock.time(|| {
+            for _ in 0..calls {
+                self.next = (self.next + 1) % self.copies.len();
+                black_box(self.copies[self.next].forward(black_box(x))?);
+            }
+            Ok(())
+        })?;
+        Ok(seconds / f64::from(calls))
+    }
+}
+
+/// What times are taken with: the GPU's own clock for what it is given to do, else the process's.
+enum Clock {
+    Process,
+    #[cfg(feature = "cuda")]
+    Gpu(candle_taper::cuda::GpuTimer),
+}
+
+impl Clock {
+    fn new(device: &Device) -> Result<Clock> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Clock::Gpu(candle_taper::cuda::GpuTimer::new(device)?)),
+            _ => Ok(Clock::Process),
         }
-        // Devices that work on their own have to be waited for.
-        x.device().synchronize()?;
-        Ok(start.elapsed().as_secs_f64() / f64::from(calls))
+    }
+
+    fn time(&mut self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        match self {
+            Clock::Process => {
+                let start = Instant::now();
+                work()?;
+                Ok(start.elapsed().as_secs_f64())
+            }
+            #[cfg(feature = "cuda")]
+            Clock::Gpu(timer) => timer.time(work),
+        }
     }
 }
 
 /// Times all layers of the arguments: a group for each shape and number of rows.
 pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<Vec<Group>> {
-    let (codings, stocks) = (args.codings(&CODINGS), args.stocks(&STOCKS));
+    let (codings, stocks) = match args.on_gpu() {
+        true => (args.codings(&GPU_CODINGS), args.stocks(&GPU_STOCKS)),
+        false => (args.codings(&CODINGS), args.stocks(&STOCKS)),
+    };
+    let mut clock = Clock::new(device)?;
     ensure!(!codings.is_empty() || !stocks.is_empty(), "there is nothing to time: --codec and --stock are none");
     let rounds = args.repetitions.unwrap_or(ROUNDS);
-    let work = args.shape.len() * (codings.len() + stocks.len() + args.rows.len() * rounds as usize);
+    let work = args.shape.len() * (codings.len() + stocks.len() + args.rows().len() * rounds as usize);
     steps.expect(work as u64);
     let mut groups = Vec::new();
     for &shape in &args.shape {
         let mut subjects = subjects(args, shape, &codings, &stocks, device, steps)?;
-        for &rows in &args.rows {
+        for &rows in args.rows() {
             let title = format!("{shape}, {rows} row{}", if rows == 1 { "" } else { "s" });
             steps.begin(&title);
-            groups.push(group(title, &mut subjects, shape, rows as usize, rounds as usize, device, steps)?);
+            let work = (shape, rows as usize, rounds as usize);
+            groups.push(group(title, &mut subjects, work, device, &mut clock, steps)?);
         }
     }
     Ok(groups)
@@ -96,18 +135,21 @@ pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<Vec<Group
 fn group(
     title: String,
     subjects: &mut [Subject],
-    shape: Shape,
-    rows: usize,
-    rounds: usize,
+    (shape, rows, rounds): (Shape, usize, usize),
     device: &Device,
+    clock: &mut Clock,
     steps: &Steps,
 ) -> Result<Group> {
     let x = Tensor::randn(0.0f32, 1.0, (rows, shape.input), device)?;
     let inputs = subjects.iter().map(|s| Ok(x.to_dtype(s.dtype)?)).collect::<Result<Vec<_>>>()?;
     // The first call of a layer checks checksums or repacks blocks; the last one says how many make a sample.
     let calls = subjects.iter_mut().zip(&inputs).map(|(subject, x)| {
-        subject.time(x, subject.copies.len() as u32)?;
-        let calls = BURST.as_secs_f64() / subject.time(x, 1)?.max(1e-9);
+        subject.time(x, subject.copies.len() as u32, clock)?;
+        if device.is_cuda() {
+            subject.time(x, GPU_CALLS, clock)?;
+            return Ok(GPU_CALLS);
+        }
+        let calls = BURST.as_secs_f64() / subject.time(x, 1, clock)?.max(1e-9);
         Ok((calls.ceil() as u32).clamp(1, MAX_CALLS))
     });
     let calls = calls.collect::<Result<Vec<u32>>>()?;
@@ -115,7 +157,7 @@ fn group(
         if subject == 0 {
             steps.step();
         }
-        subjects[subject].time(&inputs[subject], calls[subject])
+        subjects[subject].time(&inputs[subject], calls[subject], clock)
     })?;
     let weights = (shape.out * shape.input) as u64;
     let row = |subject: &Subject| Row {
@@ -139,7 +181,7 @@ fn subjects(
     steps: &Steps,
 ) -> Result<Vec<Subject>> {
     let Shape { out, input } = shape;
-    let rotate = (args.rotate as usize) << 20;
+    let rotate = (args.rotate() as usize) << 20;
     let values = values(args.weights, shape)?;
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let mut subjects = Vec::new();
@@ -147,11 +189,21 @@ fn subjects(
         steps.begin(&format!("{shape}: making {}", coding.name));
         let options = coding.options.clone().context("--codec dense is for models; layers have --stock")?;
         let stream = compress(&bytes, Dtype::Bf16, out, input, &options)?;
-        let layer = || {
-            let weight = candle_taper::matrix::Weight::new(stream.clone())?;
-            Ok((CompressedLinear::new(weight, None), stream.len()))
-        };
-        subjects.push(Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?);
+        for &layout in &args.layout {
+            let layer = || {
+                let weight = candle_taper::matrix::Weight::new(stream.clone())?;
+                let layer = CompressedLinear::on(weight, None, device, layout)?;
+                let bytes = layer.in_use().map_or(stream.len(), |(_, bytes)| bytes);
+                Ok((layer, bytes))
+            };
+            let mut name = coding.name.clone();
+            if device.is_cuda() {
+                let weight = candle_taper::matrix::Weight::new(stream.clone())?;
+                let used = CompressedLinear::on(weight, None, device, layout)?.in_use();
+                name += &format!(" as {}", used.map_or(layout, |(layout, _)| layout).name());
+            }
+            subjects.push(Subject::new(name, false, args.activations(), rotate, layer)?);
+        }
         steps.step();
     }
     let dense = Tensor::from_vec(values, (out, input), device)?;

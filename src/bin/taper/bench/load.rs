@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use candle_taper::Checkpoint;
+use candle_taper::matrix::GpuLayout;
 use candle_taper::models::{Cache, CheckpointBackend, CompressedWeights, Config, DenseLlama, Llama, Weights, config};
 use candle_taper::nn::{CompressedEmbedding, CompressedLinear, LinearLayer};
 use candle_transformers::models::llama as stock;
@@ -70,13 +71,14 @@ impl Plan {
     }
 
     /// Loads the model for activations of `dtype`.
-    pub fn load(&self, dtype: DType, device: &Device) -> Result<Loaded> {
+    pub fn load(&self, dtype: DType, device: &Device, layout: GpuLayout) -> Result<Loaded> {
         let config = config::read(&self.dir)?;
         let checkpoint = Arc::new(Checkpoint::open(&self.dir)?);
         let (model, bytes, weights): (Box<dyn Model>, u64, u64) = match &self.how {
             How::Compressed(coding) => {
                 let options = coding.options.clone().unwrap_or_default();
-                let counted = Counted::new(CompressedWeights::new(checkpoint, dtype, options));
+                let counted =
+                    Counted::new(CompressedWeights::new(checkpoint, dtype, options).with_device(device, layout));
                 let llama = Llama::load(&counted, &config)?;
                 let cache = llama.new_cache(true)?;
                 (Box::new(Ours { llama, cache }), counted.bytes.get(), counted.weights.get())
@@ -219,7 +221,8 @@ impl Weights for Counted {
 
     fn linear(&self, name: &str, out_dim: usize, in_dim: usize) -> candle_taper::Result<CompressedLinear> {
         let linear = self.weights_of.linear(name, out_dim, in_dim)?;
-        self.count(linear.weight().stored_bytes(), out_dim * in_dim);
+        let bytes = linear.in_use().map_or(linear.weight().stored_bytes(), |(_, bytes)| bytes);
+        self.count(bytes, out_dim * in_dim);
         Ok(linear)
     }
 
@@ -236,7 +239,8 @@ impl Weights for Counted {
 
     fn tied_lm_head(&self, embedding: &CompressedEmbedding) -> candle_taper::Result<CompressedLinear> {
         let geometry = embedding.weight().geometry();
-        self.count(embedding.weight().stored_bytes(), geometry.rows * geometry.cols);
+        let bytes = embedding.in_use().map_or(embedding.weight().stored_bytes(), |(_, bytes)| bytes);
+        self.count(bytes, geometry.rows * geometry.cols);
         self.weights_of.tied_lm_head(embedding)
     }
 

@@ -16,21 +16,21 @@ pub use args::BenchArgs;
 
 use std::io::Write;
 
-use candle_core::Device;
-
 use machine::Machine;
 use progress::Steps;
 use report::Report;
 
 /// Runs the command.
 pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
-    let device = Device::Cpu;
+    let device = args.device.open()?;
+    #[cfg(feature = "cuda")]
+    candle_taper::cuda::set_programmatic_launch(!args.plain_launch);
     if let Some(code) = &args.probe {
         writeln!(std::io::stdout(), "{}", models::run_probe(args, code, &device)?)?;
         return Ok(());
     }
     let steps = Steps::new(quiet);
-    let machine = Machine::here(args.activations().as_str())?;
+    let machine = Machine::here(args.activations().as_str(), &device)?;
     let (loads, groups) = if args.model.is_empty() {
         (Vec::new(), layers::run(args, &device, &steps)?)
     } else {

@@ -78,7 +78,7 @@ pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<(Vec<Load
     let mut models = Vec::new();
     for plan in &plans {
         steps.begin(&format!("{}: loading", plan.label()));
-        let mut model = plan.load(args.activations(), device)?;
+        let mut model = plan.load(args.activations(), device, args.layout[0])?;
         let needed = args.n_prompt.max(args.n_gen);
         let context = model.config().max_position_embeddings;
         ensure!(needed <= context, "{}: {needed} tokens are beyond the context of {context}", plan.dir.display());
@@ -161,6 +161,7 @@ fn probe(args: &BenchArgs, plan: &Plan) -> Result<Load> {
     let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
     command.args(["bench", "--quiet", "--model"]).arg(&plan.dir).args(["--probe", &plan.code()]);
     command.args(["--dtype", DType::as_str(&args.activations())]).args(["-p", &args.n_prompt.to_string()]);
+    command.args(["--device", &args.device.to_string(), "--layout", args.layout[0].name()]);
     let output = command.stdin(Stdio::null()).stderr(Stdio::piped()).output().context("cannot start this program")?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "loading {} in a new process failed: {}", plan.label(), error.trim());
@@ -178,14 +179,29 @@ fn probe(args: &BenchArgs, plan: &Plan) -> Result<Load> {
 /// What the new process does: loads one model, reads a prompt, generates some tokens, and tells what that took.
 pub fn run_probe(args: &BenchArgs, code: &str, device: &Device) -> Result<String> {
     let dir = args.model.first().context("--probe needs --model")?;
+    // What other processes and the driver hold does not count.
+    let before = gpu_memory(device).unwrap_or(0);
     let start = Instant::now();
-    let mut model = Plan::new(dir, code)?.load(args.activations(), device)?;
+    let mut model = Plan::new(dir, code)?.load(args.activations(), device, args.layout[0])?;
+    device.synchronize()?;
     let seconds = start.elapsed().as_secs_f64();
     if args.n_prompt > 0 {
         read(&mut model, args.n_prompt)?;
     }
     let tokens = PROBE_TOKENS.min(model.config().max_position_embeddings);
     generate(&mut model, tokens, args.max_time)?;
-    let (peak, bytes, weights) = (peak_memory(), model.bytes, model.weights);
+    let peak = if device.is_cuda() { gpu_memory(device).map(|now| now.saturating_sub(before)) } else { peak_memory() };
+    let (bytes, weights) = (model.bytes, model.weights);
     Ok(json!({"load_s": seconds, "peak_bytes": peak, "bytes": bytes, "weights": weights}).to_string())
+}
+
+/// Bytes of a GPU's memory that are in use, by whomever.
+fn gpu_memory(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        let (free, total) = device.cuda_stream().context().mem_get_info().ok()?;
+        return Some((total - free) as u64);
+    }
+    let _ = device;
+    None
 }

@@ -82,7 +82,7 @@ impl Report {
             text += &format!("\n\n{}", loads(&self.loads));
         }
         for group in &self.groups {
-            text += &format!("\n\n{}\n{}", group.title, table(group).trim_end());
+            text += &format!("\n\n{}\n{}", group.title, table(group, self.machine.has_gpu()).trim_end());
         }
         text
     }
@@ -107,14 +107,27 @@ fn ratios<'a>(group: &'a Group, row: &'a Row) -> impl Iterator<Item = (&'a Row, 
     group.rows.iter().filter(|other| other.stock).map(|other| (other, row.samples.faster_than(&other.samples)))
 }
 
-fn table(group: &Group) -> String {
-    let speed = if group.tokens.is_some() { "tok/s" } else { "ms" };
+/// Times in microseconds if `micro`, else in milliseconds.
+fn table(group: &Group, micro: bool) -> String {
+    let speed = if group.tokens.is_some() {
+        "tok/s"
+    } else if micro {
+        "us"
+    } else {
+        "ms"
+    };
     let mut header: Vec<String> = ["", "bits/w", "MB", speed, "spread", "GB/s"].map(str::to_owned).to_vec();
     header.extend(group.rows.iter().filter(|row| row.stock).map(|row| format!("x {}", row.name)));
     let mut lines = vec![header];
     for row in &group.rows {
         let median = row.samples.median().max(1e-12);
-        let speed = if group.tokens.is_some() { 1.0 / median } else { 1e3 * median };
+        let speed = if group.tokens.is_some() {
+            1.0 / median
+        } else if micro {
+            1e6 * median
+        } else {
+            1e3 * median
+        };
         let mut line = vec![
             row.label(),
             format!("{:.2}", row.bits()),

@@ -21,7 +21,7 @@ const TALE_PROMPT: &str = "Once upon a time";
 
 /// Runs the command.
 pub fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
-    ensure!(!args.use_flash_attn, "--use-flash-attn needs a GPU, and this build runs on the CPU");
+    ensure!(!args.use_flash_attn, "--use-flash-attn is not built in: attention is candle's own, on a GPU too");
     let sampler = Sampler::new(&args.sampler())?;
     let dir = source::directory(args, quiet)?;
     let trace = args.tracing.then(Trace::start).transpose()?;

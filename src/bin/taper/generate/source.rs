@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::DType;
+use candle_core::{DType, Device};
 use candle_taper::Checkpoint;
 use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, config, hub};
 
 use crate::args::{DtypeName, GenerateArgs};
+use crate::device::DeviceName;
 use crate::progress::Reporter;
 
 /// The model that comes with the source.
@@ -35,10 +36,20 @@ pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
 
 /// Loads the model. Matrices that are not compressed yet are compressed now, in memory, one at a time.
 pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn CausalLm>> {
+    let (device, why) = match args.device {
+        _ if args.cpu => (Device::Cpu, None),
+        Some(name) => (name.open()?, None),
+        None => DeviceName::best(),
+    };
+    if let Some(why) = why.filter(|_| !quiet) {
+        eprintln!("{why}");
+    }
     let dtype = match args.dtype {
         Some(DtypeName::F16) => DType::F16,
         Some(DtypeName::Bf16) => DType::BF16,
-        Some(DtypeName::F32) | None => DType::F32,
+        Some(DtypeName::F32) => DType::F32,
+        None if device.is_cuda() => DType::BF16,
+        None => DType::F32,
     };
     let (options, chosen) = args.options()?;
     let config = config::read(dir)?;
@@ -50,7 +61,9 @@ pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn Caus
     );
     let bytes = checkpoint.tensors().iter().filter(|info| !info.compressed).map(|info| info.stored_bytes).sum();
     let progress = Arc::new(Reporter::new(quiet || checkpoint.is_compressed(), bytes));
-    let weights = CompressedWeights::new(checkpoint, dtype, options).with_progress(progress.clone());
+    let weights = CompressedWeights::new(checkpoint, dtype, options)
+        .with_device(&device, args.layout)
+        .with_progress(progress.clone());
     let llama = CompressedLlama::load(&weights, &config)?;
     progress.finish();
     Ok(Box::new(llama))
