@@ -39,6 +39,7 @@
 //! |---|---|
 //! | [`codec`] | weights to bytes and back, as pure functions: classes, bit planes, rANS, predictors, quantisation |
 //! | [`format`](mod@format) | the tile stream and the safetensors files that hold it, every claim checked |
+//! | [`gguf`] | GGUF files, every claim checked |
 //! | [`cpu`] | decoding with AVX2, AVX-512 and NEON; the only `unsafe` besides the memory map |
 //! | [`matrix`] | one matrix in memory: analyse, encode, verify, decode |
 //! | [`checkpoint`] | a checkpoint on disk, read by tensor, tile or row |
@@ -63,6 +64,7 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 pub mod format;
+pub mod gguf;
 pub mod inspect;
 pub mod matrix;
 #[cfg(feature = "candle")]

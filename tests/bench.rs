@@ -74,6 +74,22 @@ fn layers_are_timed_beside_stock_ones() {
 }
 
 #[test]
+fn formats_of_gguf_files_are_timed_beside_candle_s() {
+    let shape =
+        ["--rows", "1,3", "--rotate", "0", "-r", "1", "--codec", "q4_k,q8_0", "--stock", "q4_k,f32", "--json", "-q"];
+    let json = json(&bench(&[&["--shape", "64x256"][..], &shape].concat()));
+    let rows = json["groups"][1]["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["q4_k", "q8_0", "q4_k", "f32"]);
+    // Scales and minima take 8 bits instead of 6.
+    assert_eq!(rows[0]["bits_per_weight"].as_f64(), Some(4.625));
+    assert_eq!((&rows[0]["stock"], &rows[2]["stock"]), (&false.into(), &true.into()));
+    let run = bench(&[&["--shape", "8x96"][..], &shape].concat());
+    assert!(!run.status.success());
+    assert!(String::from_utf8_lossy(&run.stderr).contains("8x96: q4_k needs a multiple of 256 inputs"), "{run:?}");
+}
+
+#[test]
 fn models_are_timed_beside_stock_ones() {
     let mut tiny = Tiny::new();
     tiny.bf16 = true;

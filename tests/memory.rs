@@ -1,48 +1,15 @@
 //! What a stream announces is no reason to allocate: parsing needs memory in proportion to what is there.
-#![allow(unsafe_code)]
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-
 use candle_taper::CompressedMatrix;
 use candle_taper::format::{Checks, SafeTensors, TileStream};
+use common::counting::{Counting, peak_of, used};
 use common::golden::all;
 use common::patch::{Patch, at, record};
 
-/// Counts the bytes in use and their peak.
-struct Counting;
-
-static USED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: passes every call on to the system's allocator and keeps its promises.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let used = USED.fetch_add(layout.size(), Relaxed) + layout.size();
-        PEAK.fetch_max(used, Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        USED.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-/// The most memory in use at once during `f`, over what was in use before.
-fn peak_of(f: impl FnOnce()) -> usize {
-    let before = USED.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    f();
-    PEAK.load(Relaxed) - before
-}
 
 /// Streams whose fields ask for far more than is there.
 fn greedy() -> Vec<Vec<u8>> {
@@ -123,9 +90,9 @@ fn a_var_builder_needs_the_tensor_and_a_strip() {
         }
     }
     let weights = JustInTime::open(&packed, DType::F32).unwrap();
-    let before = USED.load(Relaxed);
+    let before = used();
     let layer = weights.load(|vb| linear_no_bias(cols, rows, vb.pp("w"))).unwrap();
-    let kept = USED.load(Relaxed).saturating_sub(before);
+    let kept = used().saturating_sub(before);
     assert!(kept < 1 << 20, "{kept} bytes stay");
     drop(layer);
 }

@@ -31,6 +31,7 @@ pub mod band;
 pub mod classes;
 pub mod geometry;
 pub mod kind;
+pub mod kquant;
 pub mod levels;
 pub mod plan;
 pub mod planes;

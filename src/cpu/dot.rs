@@ -33,7 +33,7 @@ pub fn reduce(lanes: &[f32; LANES]) -> f32 {
 }
 
 /// The product of a row of weights with an activation of the same length.
-fn dot(backend: Backend, weights: &[f32], x: &[f32]) -> f32 {
+pub fn dot(backend: Backend, weights: &[f32], x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let ((blocks, weights), (x_blocks, x)) = (weights.as_chunks::<LANES>(), x.as_chunks::<LANES>());
     add_blocks(backend, &mut lanes, blocks, x_blocks);

@@ -21,6 +21,7 @@ pub mod dot;
 mod float;
 pub mod gemm;
 pub mod int8;
+pub mod kquant;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod rate;

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
@@ -30,8 +31,25 @@ impl Map {
         &self.map
     }
 
+    /// Lets go of the memory that holds these bytes, for those who have copied them. Read again, they come from the file.
+    pub fn forget(&self, range: Range<usize>) {
+        let end = range.end.min(self.map.len());
+        // Advice: if it cannot be followed, the pages stay until the system needs them.
+        #[cfg(unix)]
+        if let Some(length) = end.checked_sub(range.start).filter(|&length| length > 0) {
+            // SAFETY: the map is of a file and read-only, so what is dropped is read from there again.
+            let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, length) };
+        }
+    }
+
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
     }
 }

@@ -63,7 +63,7 @@ impl FirstError {
 }
 
 /// Runs a task for each part of an output; each has its part for itself.
-fn run_parts(
+pub(super) fn run_parts(
     executor: &impl Executor,
     parts: Vec<&mut [f32]>,
     task: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
@@ -327,7 +327,7 @@ impl CompressedMatrix<'_> {
 
 /// Appends to `out` what stands in `y` as `[part][m][index in the part]`, with parts of `size` but the last, as
 /// `[m][index]`.
-fn unstrip(y: &[f32], m: usize, total: usize, size: usize, out: &mut Vec<f32>) {
+pub(super) fn unstrip(y: &[f32], m: usize, total: usize, size: usize, out: &mut Vec<f32>) {
     let start = out.len();
     out.resize(start + y.len(), 0.0);
     let out = &mut out[start..];

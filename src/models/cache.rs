@@ -51,6 +51,18 @@ impl Cache {
         })
     }
 
+    /// Divides the frequency of each pair of a head by one of `factors`.
+    ///
+    /// # Errors
+    /// If there are not as many as pairs.
+    pub fn with_rope_factors(mut self, factors: &[f32]) -> Result<Self> {
+        if factors.len() != self.inv_freq.len() {
+            bail!("{} RoPE factors for heads of {} pairs", factors.len(), self.inv_freq.len());
+        }
+        self.inv_freq.iter_mut().zip(factors).for_each(|(freq, factor)| *freq /= factor);
+        Ok(self)
+    }
+
     /// Forgets all positions; buffers stay for the next use.
     pub fn reset(&mut self) {
         self.len = 0;

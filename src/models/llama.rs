@@ -48,6 +48,7 @@ pub struct Llama<L, E> {
     norm: RmsNorm,
     lm_head: L,
     config: Config,
+    rope_factors: Option<Vec<f32>>,
     dtype: DType,
     device: Device,
     notes: Vec<String>,
@@ -134,6 +135,7 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
             embedding,
             lm_head,
             config: config.clone(),
+            rope_factors: weights.rope_factors().map(<[f32]>::to_vec),
             dtype: weights.dtype(),
             device: weights.device().clone(),
             notes,
@@ -145,7 +147,11 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
     /// # Errors
     /// None for a model that could be loaded.
     pub fn new_cache(&self, use_kv_cache: bool) -> Result<Cache> {
-        Cache::new(use_kv_cache, self.dtype, &self.config, &self.device)
+        let cache = Cache::new(use_kv_cache, self.dtype, &self.config, &self.device)?;
+        match &self.rope_factors {
+            Some(factors) => cache.with_rope_factors(factors),
+            None => Ok(cache),
+        }
     }
 
     /// The model's sizes.

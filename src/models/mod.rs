@@ -3,6 +3,8 @@
 //! A model asks a [`Weights`] for its layers, so one implementation of a model serves plain tensors ([`DenseWeights`])
 //! and compressed ones ([`CompressedWeights`]).
 //!
+//! [`gguf`] reads files of llama.cpp's world into layers that keep their quantised weights.
+//!
 //! Models of other crates read checkpoints through [`var_builder()`], decoded at load, or through [`JustInTime`], decoded
 //! while they multiply.
 
@@ -11,6 +13,7 @@ pub mod cache;
 mod causal_lm;
 mod compressed;
 pub mod config;
+pub mod gguf;
 pub mod hub;
 pub mod just_in_time;
 pub mod llama;
@@ -21,6 +24,7 @@ pub use cache::Cache;
 pub use candle_transformers::models::llama::{Config, Llama3RopeConfig, Llama3RopeType, LlamaConfig, LlamaEosToks};
 pub use causal_lm::CausalLm;
 pub use compressed::{CompressedLlama, CompressedWeights};
+pub use gguf::KQuantLlama;
 pub use just_in_time::JustInTime;
 pub use llama::{DenseLlama, Llama};
 pub use var_builder::{CheckpointBackend, var_builder};

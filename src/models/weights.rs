@@ -54,6 +54,11 @@ pub trait Weights {
         Vec::new()
     }
 
+    /// What each pair's RoPE frequency is divided by, where the weights come with such factors: half a head's size.
+    fn rope_factors(&self) -> Option<&[f32]> {
+        None
+    }
+
     /// The dtype of the activations.
     fn dtype(&self) -> DType;
 

@@ -149,7 +149,7 @@ impl LinearLayer for CompressedLinear {
 }
 
 /// The results of `N` layers.
-fn all<const N: usize>(results: impl Iterator<Item = Result<Tensor>>) -> Result<[Tensor; N]> {
+pub(super) fn all<const N: usize>(results: impl Iterator<Item = Result<Tensor>>) -> Result<[Tensor; N]> {
     let results: Vec<Tensor> = results.collect::<Result<_>>()?;
     let count = results.len();
     results.try_into().or_else(|_| bail!("{N} layers gave {count} results"))

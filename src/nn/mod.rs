@@ -1,9 +1,11 @@
 //! Layers for candle that keep their weights compressed while they are used.
 
 mod embedding;
+mod kquant;
 mod linear;
 
 pub use embedding::CompressedEmbedding;
+pub use kquant::{KQuantEmbedding, KQuantLinear};
 pub use linear::{CompressedLinear, LinearLayer};
 
 use candle_core::{DType, Device, Result, Tensor, bail};

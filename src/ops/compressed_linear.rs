@@ -100,31 +100,40 @@ impl CompressedMatmul {
         }
     }
 
-    /// The rows of a strided activation whose last dimension is `inner`, and its other dimensions.
+    /// The rows of an activation whose last dimension is `inner`, and its other dimensions.
     fn rows<'l>(&self, storage: &CpuStorage, layout: &'l Layout, inner: usize) -> Result<(Vec<f32>, &'l [usize])> {
         self.expect_cpu()?;
-        let dims = layout.dims();
-        let Some((_, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
-            let g = self.weight.geometry();
-            let name = self.weight.name().map_or(String::new(), |name| format!(" {name}"));
-            bail!(
-                "compressed linear{name}: an input of shape {dims:?} does not fit a weight of shape [{}, {}]",
-                g.rows,
-                g.cols
-            )
-        };
-        let rows = match storage {
-            CpuStorage::F32(x) => gather(x, layout, |x| x),
-            CpuStorage::BF16(x) => gather(x, layout, bf16::to_f32),
-            CpuStorage::F16(x) => gather(x, layout, f16::to_f32),
-            other => bail!("compressed linear: an input of {:?}, allowed are f32, bf16 and f16", other.dtype()),
-        };
-        Ok((rows, leading))
+        let g = self.weight.geometry();
+        activation_rows("compressed linear", self.weight.name(), [g.rows, g.cols], storage, layout, inner)
     }
 }
 
+/// The rows of a strided activation whose last dimension is `inner`, and its other dimensions. Errors name the operation,
+/// its tensor and the weight's shape.
+pub(super) fn activation_rows<'l>(
+    what: &str,
+    name: Option<&str>,
+    weight: [usize; 2],
+    storage: &CpuStorage,
+    layout: &'l Layout,
+    inner: usize,
+) -> Result<(Vec<f32>, &'l [usize])> {
+    let dims = layout.dims();
+    let Some((_, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
+        let name = name.map_or(String::new(), |name| format!(" {name}"));
+        bail!("{what}{name}: an input of shape {dims:?} does not fit a weight of shape {weight:?}")
+    };
+    let rows = match storage {
+        CpuStorage::F32(x) => gather(x, layout, |x| x),
+        CpuStorage::BF16(x) => gather(x, layout, bf16::to_f32),
+        CpuStorage::F16(x) => gather(x, layout, f16::to_f32),
+        other => bail!("{what}: an input of {:?}, allowed are f32, bf16 and f16", other.dtype()),
+    };
+    Ok((rows, leading))
+}
+
 /// Results in the dtype of the activation that they were made of.
-fn store(like: &CpuStorage, y: Vec<f32>) -> CpuStorage {
+pub(super) fn store(like: &CpuStorage, y: Vec<f32>) -> CpuStorage {
     match like {
         CpuStorage::BF16(_) => CpuStorage::BF16(y.into_iter().map(bf16::from_f32).collect()),
         CpuStorage::F16(_) => CpuStorage::F16(y.into_iter().map(f16::from_f32).collect()),
@@ -224,16 +233,21 @@ struct Merged(Vec<CompressedMatmul>);
 impl Merged {
     /// Cuts the result, or a gradient of its shape, into the products for an activation of leading dimensions `leading`.
     fn split(&self, y: &Tensor, leading: &[usize]) -> Result<Vec<Tensor>> {
-        let m = leading.iter().product::<usize>();
-        let mut start = 0;
-        let part = |op: &CompressedMatmul| {
-            let rows = op.weight.geometry().rows;
-            let part = y.narrow(0, start, m * rows)?.reshape([leading, &[rows]].concat());
-            start += m * rows;
-            part
-        };
-        self.0.iter().map(part).collect()
+        split_products(y, leading, self.0.iter().map(|op| op.weight.geometry().rows))
     }
+}
+
+/// Cuts a tensor that holds the products of several weights, one after another, into those products. `rows` are those of
+/// the weights.
+pub(super) fn split_products(y: &Tensor, leading: &[usize], rows: impl Iterator<Item = usize>) -> Result<Vec<Tensor>> {
+    let m = leading.iter().product::<usize>();
+    let mut start = 0;
+    let part = |rows: usize| {
+        let part = y.narrow(0, start, m * rows)?.reshape([leading, &[rows]].concat());
+        start += m * rows;
+        part
+    };
+    rows.map(part).collect()
 }
 
 impl CustomOp1 for Merged {

@@ -2,9 +2,11 @@
 //! activation, and a documented function that applies it.
 
 mod compressed_linear;
+mod kquant_linear;
 mod place;
 
 pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
+pub use kquant_linear::{KQuantMatmul, kquant_linear, kquant_linears};
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {

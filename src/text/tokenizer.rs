@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
 use super::{ChatTemplate, TextStream};
-use crate::models::{Config, config};
+use crate::gguf::Value;
+use crate::models::{Config, LlamaEosToks, config, gguf};
 use crate::{Error, Result};
 
 /// The tokenizer of a model's directory.
@@ -57,6 +58,27 @@ impl ModelTokenizer {
             vocabulary: config.vocab_size,
             template,
         })
+    }
+
+    /// The tokenizer and chat template of a GGUF file. `config` is the model's.
+    ///
+    /// # Errors
+    /// If the file has none, or one of a kind that is not supported.
+    pub fn from_gguf(file: &gguf::File, config: &Config) -> Result<ModelTokenizer> {
+        let tokenizer = gguf::tokenizer(file).map_err(|error| error.in_file(file.map().path()))?;
+        let ends = match &config.eos_token_id {
+            None => Vec::new(),
+            Some(LlamaEosToks::Single(id)) => vec![*id],
+            Some(LlamaEosToks::Multiple(ids)) => ids.clone(),
+        };
+        let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+        let named = [("bos_token", text(config.bos_token_id)), ("eos_token", text(ends.first().copied()))];
+        let named = named.into_iter().filter_map(|(name, text)| Some((name, text?))).collect();
+        let template = file.get("tokenizer.chat_template").and_then(Value::to_str);
+        let template = template.map(|source| ChatTemplate::new(&source, named));
+        // The tokenizer puts BOS before a text where the file asks for it.
+        let ends = ends.into_iter().collect();
+        Ok(ModelTokenizer { tokenizer, bos: None, ends, vocabulary: config.vocab_size, template })
     }
 
     /// The tokenizer itself.
@@ -125,17 +147,17 @@ impl ModelTokenizer {
 }
 
 /// What `tokenizer_config.json` says; null if there is none.
-fn settings(dir: &Path) -> Result<Value> {
+fn settings(dir: &Path) -> Result<Json> {
     let path = dir.join("tokenizer_config.json");
     match fs::read(&path) {
         Ok(text) => serde_json::from_slice(&text).map_err(|e| Error::Malformed(e.to_string()).in_file(&path)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Json::Null),
         Err(e) => Err(Error::io(&path)(e)),
     }
 }
 
 /// A special token's text, which stands there alone or in an object.
-pub(super) fn token_text<'a>(settings: &'a Value, name: &str) -> Option<&'a str> {
+pub(super) fn token_text<'a>(settings: &'a Json, name: &str) -> Option<&'a str> {
     let token = &settings[name];
     token.as_str().or(token["content"].as_str())
 }

@@ -2,7 +2,10 @@
 #![allow(dead_code)]
 
 pub mod bands;
+pub mod counting;
+pub mod gguf;
 pub mod golden;
+pub mod kquant;
 pub mod llama;
 pub mod model;
 pub mod patch;

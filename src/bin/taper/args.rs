@@ -178,6 +178,10 @@ pub struct GenerateArgs {
     /// The model's directory, compressed or not [default: the example model, where it is installed]
     #[arg(long, visible_alias = "model", value_name = "DIR")]
     pub compressed: Option<PathBuf>,
+    /// A GGUF file, as llama.cpp runs them: weights, tokenizer and chat template in one
+    #[arg(long, value_name = "FILE")]
+    #[arg(conflicts_with_all = ["compressed", "model_id", "which", "codec", "bits", "stage"])]
+    pub gguf: Option<PathBuf>,
     /// A model on the Hugging Face hub, such as meta-llama/Llama-3.2-1B (builds with --features hub)
     #[arg(long, value_name = "ID", conflicts_with = "compressed")]
     pub model_id: Option<String>,

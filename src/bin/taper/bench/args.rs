@@ -15,8 +15,9 @@ use crate::device::DeviceName;
 /// `taper bench`. Flags that llama-bench has too mean the same.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// Time models instead of layers: directories of Llamas, compressed or not
+    /// Time models instead of layers: directories of Llamas, compressed or not, or GGUF files
     ///
+    /// A GGUF file runs as it is, in our model and in candle's own quantised one.
     /// A compressed one runs as it is. An uncompressed one runs in stock candle, and compressed while it is loaded as
     /// --codec says (by default only if no compressed directory is given).
     #[arg(short, long, value_name = "DIR", value_delimiter = ',')]
@@ -33,8 +34,8 @@ pub struct BenchArgs {
     /// How the layers' weights are distributed
     #[arg(long, value_enum, default_value_t = Weights::Scaled, conflicts_with = "model")]
     pub weights: Weights,
-    /// Codings to time: rans, fixed12, fixed11 (lossless), int8, int8-fixed12, int8-fixed11, rate-BITS, none, or for
-    /// models dense (our model, weights not compressed)
+    /// Codings to time: rans, fixed12, fixed11 (lossless), int8, int8-fixed12, int8-fixed11, rate-BITS, none; for layers
+    /// also q4_k and the other formats of GGUF files, for models dense (our model, weights not compressed)
     ///
     /// [default: rans,fixed12,fixed11,int8,int8-fixed12 for layers, fixed12,rans,int8-fixed12 for models]
     #[arg(long, value_name = "C", value_delimiter = ',')]
@@ -181,8 +182,10 @@ pub enum Weights {
 pub struct Coding {
     /// `rans`, `int8-fixed12`, `rate-4.5`.
     pub name: String,
-    /// The library's options; nothing for `none` and `dense`.
+    /// The library's options; nothing for `none`, `dense` and formats of GGUF files.
     pub options: Option<Options>,
+    /// A format of GGUF files.
+    pub blocks: Option<GgmlDType>,
 }
 
 impl FromStr for Coding {
@@ -192,7 +195,10 @@ impl FromStr for Coding {
         let stage = |name: &str| [Stage::Rans, Stage::Fixed12, Stage::Fixed11].into_iter().find(|s| s.name() == name);
         let (first, rest) = text.split_once('-').map_or((text, None), |(first, rest)| (first, Some(rest)));
         let (codec, stage) = match (first, rest) {
-            ("none" | "dense", None) => return Ok(Coding { name: text.into(), options: None }),
+            ("none" | "dense", None) => return Ok(Coding { name: text.into(), options: None, blocks: None }),
+            (name, None) if block_format(name).is_some() => {
+                return Ok(Coding { name: text.into(), options: None, blocks: block_format(name) });
+            }
             ("rate", Some(bits)) => (bits.parse().ok().map(|bits| Codec::Rate { bits }), Some(Stage::Rans)),
             ("int8", rest) => (Some(Codec::Int8), stage(rest.unwrap_or("rans"))),
             ("lossless", rest) => (Some(Codec::Lossless), stage(rest.unwrap_or("rans"))),
@@ -201,11 +207,12 @@ impl FromStr for Coding {
         };
         let Some((codec, stage)) = codec.zip(stage) else {
             let names = "rans, fixed12, fixed11, int8, int8-fixed12, int8-fixed11, rate-BITS, dense, none";
-            return Err(format!("codings are {names}"));
+            let blocks = BLOCKS.map(|(name, _)| name).join(", ");
+            return Err(format!("codings are {names}, {blocks}"));
         };
         let options = Options { codec, stage, ..Options::default() };
         options.validate().map_err(|error| error.to_string())?;
-        Ok(Coding { name: text.into(), options: Some(options) })
+        Ok(Coding { name: text.into(), options: Some(options), blocks: None })
     }
 }
 
@@ -234,6 +241,11 @@ const BLOCKS: [(&str, GgmlDType); 10] = [
     ("q6_k", GgmlDType::Q6K),
 ];
 
+/// The format of GGUF blocks of that name.
+fn block_format(name: &str) -> Option<GgmlDType> {
+    BLOCKS.iter().find(|(known, _)| *known == name).map(|(_, dtype)| *dtype)
+}
+
 impl FromStr for Stock {
     type Err = String;
 
@@ -243,8 +255,8 @@ impl FromStr for Stock {
             "bf16" => Stock::Float(DType::BF16),
             "f16" => Stock::Float(DType::F16),
             "f32" => Stock::Float(DType::F32),
-            name => match BLOCKS.iter().find(|(known, _)| *known == name) {
-                Some((_, dtype)) => Stock::Blocks(*dtype),
+            name => match block_format(name) {
+                Some(dtype) => Stock::Blocks(dtype),
                 None => {
                     let names: Vec<&str> = BLOCKS.iter().map(|(name, _)| *name).collect();
                     return Err(format!("candle's formats are bf16, f16, f32, {}, or none", names.join(", ")));
@@ -283,6 +295,7 @@ mod tests {
         assert_eq!(codec("int8-fixed12"), Ok(Some((Codec::Int8, Stage::Fixed12))));
         assert_eq!(codec("rate-4.5"), Ok(Some((Codec::Rate { bits: 4.5 }, Stage::Rans))));
         assert_eq!(codec("none"), Ok(None));
+        assert_eq!("q4_k".parse::<Coding>().unwrap().blocks, Some(GgmlDType::Q4K));
         for wrong in ["", "zip", "rate", "rate-99", "rate-x", "int8-zip", "int8-", "rans-rans", "none-fixed12"] {
             assert!(codec(wrong).is_err(), "{wrong}");
         }

@@ -4,10 +4,10 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::quantized::{QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Linear;
-use candle_taper::nn::CompressedLinear;
+use candle_taper::nn::{CompressedLinear, KQuantLinear};
 use candle_taper::{Dtype, compress};
 use half::bf16;
 use rand::SeedableRng;
@@ -185,8 +185,34 @@ fn subjects(
     let values = values(args.weights, shape)?;
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let mut subjects = Vec::new();
+    let fits = |format: GgmlDType, name: &str, asked: bool| -> Result<bool> {
+        let block = format.block_size();
+        if input.is_multiple_of(block) {
+            return Ok(true);
+        }
+        let why = format!("{shape}: {name} needs a multiple of {block} inputs");
+        ensure!(!asked, "{why}");
+        steps.note(&format!("{why}, it is left out"));
+        steps.step();
+        Ok(false)
+    };
+    let dense = Tensor::from_vec(values, (out, input), device)?;
     for coding in codings {
         steps.begin(&format!("{shape}: making {}", coding.name));
+        if let Some(format) = coding.blocks {
+            ensure!(device.is_cpu(), "--codec {}: our layers in this format run on the CPU so far", coding.name);
+            if fits(format, &coding.name, true)? {
+                let blocks = QTensor::quantize(&dense.to_dtype(DType::F32)?, format)?;
+                let layer = || {
+                    let layer = KQuantLinear::from_qtensor(&blocks, None)?;
+                    let bytes = layer.matrix().stored_bytes();
+                    Ok((layer, bytes))
+                };
+                subjects.push(Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?);
+                steps.step();
+            }
+            continue;
+        }
         let options = coding.options.clone().context("--codec dense is for models; layers have --stock")?;
         let stream = compress(&bytes, Dtype::Bf16, out, input, &options)?;
         for &layout in &args.layout {
@@ -206,14 +232,10 @@ fn subjects(
         }
         steps.step();
     }
-    let dense = Tensor::from_vec(values, (out, input), device)?;
     for &stock in stocks {
-        let block = if let Stock::Blocks(format) = stock { format.block_size() } else { 1 };
-        if !input.is_multiple_of(block) {
-            let why = format!("{shape}: {stock} needs a multiple of {block} inputs");
-            ensure!(args.stock.is_empty(), "{why}");
-            steps.note(&format!("{why}, it is left out"));
-            steps.step();
+        if let Stock::Blocks(format) = stock
+            && !fits(format, &stock.to_string(), !args.stock.is_empty())?
+        {
             continue;
         }
         steps.begin(&format!("{shape}: making candle's {stock}"));

@@ -1,17 +1,23 @@
 //! Models as they are loaded to be timed.
 
 use std::cell::Cell;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
+use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use candle_taper::Checkpoint;
 use candle_taper::matrix::GpuLayout;
-use candle_taper::models::{Cache, CheckpointBackend, CompressedWeights, Config, DenseLlama, Llama, Weights, config};
+use candle_taper::models::{
+    Cache, CheckpointBackend, CompressedWeights, Config, DenseLlama, KQuantLlama, Llama, Weights, config, gguf,
+};
 use candle_taper::nn::{CompressedEmbedding, CompressedLinear, LinearLayer};
 use candle_transformers::models::llama as stock;
+use candle_transformers::models::quantized_llama::ModelWeights;
 
 use super::args::{Coding, Stock};
 
@@ -24,6 +30,10 @@ pub enum How {
     Dense,
     /// candle's own, weights and activations in this dtype.
     Stock(DType),
+    /// Ours over the blocks of a GGUF file.
+    Gguf,
+    /// candle's own over the blocks of a GGUF file.
+    StockGguf,
 }
 
 /// A model that is to be loaded.
@@ -43,6 +53,9 @@ const STOCK: &str = "candle-";
 impl Plan {
     /// As [`Plan::code`] tells a new process.
     pub fn new(dir: &Path, code: &str) -> Result<Plan> {
+        if let Some(how) = [How::Gguf, How::StockGguf].into_iter().find(|how| how.gguf_code() == Some(code)) {
+            return Ok(Plan { name: code.into(), dir: dir.into(), how });
+        }
         let how = match code.strip_prefix(STOCK).map(str::parse) {
             None => How::ours(code.parse().map_err(anyhow::Error::msg)?),
             Some(Ok(Stock::Float(dtype))) => How::Stock(dtype),
@@ -57,12 +70,13 @@ impl Plan {
             How::Compressed(coding) => coding.name.clone(),
             How::Dense => "dense".into(),
             How::Stock(dtype) => format!("{STOCK}{}", dtype.as_str()),
+            How::Gguf | How::StockGguf => self.how.gguf_code().unwrap_or_default().into(),
         }
     }
 
     /// True for candle's own model.
     pub fn stock(&self) -> bool {
-        matches!(self.how, How::Stock(_))
+        matches!(self.how, How::Stock(_) | How::StockGguf)
     }
 
     /// The name, with whose it is.
@@ -72,6 +86,9 @@ impl Plan {
 
     /// Loads the model for activations of `dtype`.
     pub fn load(&self, dtype: DType, device: &Device, layout: GpuLayout) -> Result<Loaded> {
+        if self.how.gguf_code().is_some() {
+            return self.load_gguf(dtype, device);
+        }
         let config = config::read(&self.dir)?;
         let checkpoint = Arc::new(Checkpoint::open(&self.dir)?);
         let (model, bytes, weights): (Box<dyn Model>, u64, u64) = match &self.how {
@@ -93,12 +110,46 @@ impl Plan {
                 let model = Theirs::load(&checkpoint, &config, *dtype, device)?;
                 (Box::new(model), weights * dtype.size_in_bytes() as u64, weights)
             }
+            How::Gguf | How::StockGguf => bail!("{}: a GGUF file is no directory", self.dir.display()),
+        };
+        Ok(Loaded { model, config, device: device.clone(), bytes, weights })
+    }
+
+    /// Loads a GGUF file. Bytes are those of the file's tensors.
+    fn load_gguf(&self, dtype: DType, device: &Device) -> Result<Loaded> {
+        let file = gguf::open(&self.dir)?;
+        let config = gguf::config(&file)?;
+        let needed = |name: &str| config.tie_word_embeddings || name != "token_embd.weight";
+        let tensors = || file.tensors().filter(|tensor| needed(tensor.name));
+        let bytes = tensors().map(|tensor| tensor.data().len() as u64).sum();
+        let weights = tensors().map(|tensor| (tensor.rows() * tensor.cols()) as u64).sum();
+        let model: Box<dyn Model> = match self.how {
+            How::StockGguf => {
+                let mut reader = BufReader::new(File::open(&self.dir)?);
+                let content = gguf_file::Content::read(&mut reader)?;
+                Box::new(ModelWeights::from_gguf(content, &mut reader, device)?)
+            }
+            _ => {
+                ensure!(device.is_cpu(), "{}: our model of a GGUF file runs on the CPU so far", self.dir.display());
+                let llama = KQuantLlama::from_gguf(&file, dtype)?;
+                let cache = llama.new_cache(true)?;
+                Box::new(Ours { llama, cache })
+            }
         };
         Ok(Loaded { model, config, device: device.clone(), bytes, weights })
     }
 }
 
 impl How {
+    /// How a new process is told to load a GGUF file.
+    fn gguf_code(&self) -> Option<&'static str> {
+        match self {
+            How::Gguf => Some("gguf"),
+            How::StockGguf => Some("candle-gguf"),
+            _ => None,
+        }
+    }
+
     /// Ours, coded so.
     pub fn ours(coding: Coding) -> How {
         if coding.options.is_some() { How::Compressed(coding) } else { How::Dense }
@@ -165,6 +216,17 @@ impl<L: LinearLayer, E: Module> Model for Ours<L, E> {
 
     fn forward(&mut self, ids: &Tensor, position: usize) -> candle_core::Result<Tensor> {
         self.llama.forward(ids, position, &mut self.cache)
+    }
+}
+
+impl Model for ModelWeights {
+    fn reset(&mut self) -> Result<()> {
+        self.clear_kv_cache();
+        Ok(())
+    }
+
+    fn forward(&mut self, ids: &Tensor, position: usize) -> candle_core::Result<Tensor> {
+        ModelWeights::forward(self, ids, position)
     }
 }
 

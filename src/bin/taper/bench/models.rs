@@ -1,6 +1,6 @@
 //! Whole models: a prompt is read (`pp`), tokens are generated (`tg`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -27,7 +27,9 @@ const PROBE_TOKENS: usize = 4;
 /// The models that the arguments ask for, ours first.
 fn plans(args: &BenchArgs) -> Result<Vec<Plan>> {
     let (mut compressed, mut plain): (Vec<&Path>, Vec<&Path>) = Default::default();
-    for dir in &args.model {
+    let (files, dirs): (Vec<&Path>, Vec<&Path>) =
+        args.model.iter().map(PathBuf::as_path).partition(|path| path.is_file());
+    for dir in dirs {
         let list = if Checkpoint::open(dir)?.is_compressed() { &mut compressed } else { &mut plain };
         list.push(dir);
     }
@@ -44,7 +46,11 @@ fn plans(args: &BenchArgs) -> Result<Vec<Plan>> {
     }
     if compressed.is_empty() || !args.codec.is_empty() {
         for dir in &plain {
-            plans.extend(args.codings(&CODINGS).into_iter().map(|c| plan(dir, c.name.clone(), How::ours(c))));
+            let codings = args.codings(&CODINGS);
+            if let Some(coding) = codings.iter().find(|coding| coding.blocks.is_some()) {
+                bail!("--codec {}: a model in this format is a GGUF file, pass it with --model", coding.name)
+            }
+            plans.extend(codings.into_iter().map(|c| plan(dir, c.name.clone(), How::ours(c))));
         }
     }
     // candle cannot read compressed weights: it gets them decoded if there are no others.
@@ -55,6 +61,13 @@ fn plans(args: &BenchArgs) -> Result<Vec<Plan>> {
                 bail!("--stock {stock}: models are compared with candle's bf16, f16 and f32")
             };
             plans.push(plan(dir, stock.to_string(), How::Stock(dtype)));
+        }
+    }
+    for file in files {
+        let (name, dir) = (dir_name(file), file.to_path_buf());
+        plans.push(Plan { name: name.clone(), dir: dir.clone(), how: How::Gguf });
+        if !args.stocks(&STOCKS).is_empty() {
+            plans.push(Plan { name, dir, how: How::StockGguf });
         }
     }
     ensure!(!plans.is_empty(), "there is nothing to time: --codec and --stock are none");

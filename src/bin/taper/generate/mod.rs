@@ -23,7 +23,7 @@ const TALE_PROMPT: &str = "Once upon a time";
 pub fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     ensure!(!args.use_flash_attn, "--use-flash-attn is not built in: attention is candle's own, on a GPU too");
     let sampler = Sampler::new(&args.sampler())?;
-    let dir = source::directory(args, quiet)?;
+    let dir = source::place(args, quiet)?;
     let trace = args.tracing.then(Trace::start).transpose()?;
     let note = Notes { quiet };
     note.say(format_args!("loading the model weights from {}", dir.display()));
@@ -33,7 +33,7 @@ pub fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         note.say(format_args!("note: {text}"));
     }
     note.say(format_args!("loaded in {:.2} s", start.elapsed().as_secs_f64()));
-    let tokenizer = ModelTokenizer::from_pretrained(&dir, model.config())?;
+    let tokenizer = source::tokenizer(args, &dir, model.config())?;
     let mut generator = Generator::new(&*model, sampler, tokenizer.ends())?;
     if args.no_kv_cache {
         generator = generator.without_kv_cache()?;

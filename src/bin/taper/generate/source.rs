@@ -6,7 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use candle_taper::Checkpoint;
-use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, config, hub};
+use candle_taper::models::{CausalLm, CompressedLlama, CompressedWeights, Config, KQuantLlama, config, gguf, hub};
+use candle_taper::text::ModelTokenizer;
 
 use crate::args::{DtypeName, GenerateArgs};
 use crate::device::DeviceName;
@@ -15,8 +16,8 @@ use crate::progress::Reporter;
 /// The model that comes with the source.
 const TALES: &str = "examples/tales";
 
-/// The directory of the model that was asked for, or of the one that comes with the source.
-pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
+/// The directory of the model that was asked for, or its GGUF file, or the directory of the one that comes with the source.
+pub fn place(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
     let id = args.model_id.as_deref().or(args.which);
     ensure!(id.is_some() || args.revision.is_none(), "--revision goes with --model-id or --which");
     if let Some(id) = id {
@@ -25,8 +26,8 @@ pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
         progress.finish();
         return Ok(dir);
     }
-    if let Some(dir) = &args.compressed {
-        return Ok(dir.clone());
+    if let Some(place) = args.gguf.as_ref().or(args.compressed.as_ref()) {
+        return Ok(place.clone());
     }
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_path_buf()));
     let beside = beside.iter().flat_map(|dir| [dir.join(TALES), dir.join("tales")]);
@@ -36,6 +37,12 @@ pub fn directory(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
 
 /// Loads the model. Matrices that are not compressed yet are compressed now, in memory, one at a time.
 pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn CausalLm>> {
+    if args.gguf.is_some() {
+        let cpu = args.cpu || args.device.is_none_or(|name| name == DeviceName::Cpu);
+        ensure!(cpu, "--gguf: models of GGUF files run on the CPU so far; leave out --device");
+        let dtype = args.dtype.map_or(DType::F32, DType::from);
+        return Ok(Box::new(KQuantLlama::from_gguf(&gguf::open(dir)?, dtype)?));
+    }
     let (device, why) = match args.device {
         _ if args.cpu => (Device::Cpu, None),
         Some(name) => (name.open()?, None),
@@ -67,4 +74,12 @@ pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn Caus
     let llama = CompressedLlama::load(&weights, &config)?;
     progress.finish();
     Ok(Box::new(llama))
+}
+
+/// The model's tokenizer.
+pub fn tokenizer(args: &GenerateArgs, place: &Path, config: &Config) -> Result<ModelTokenizer> {
+    Ok(match &args.gguf {
+        Some(file) => ModelTokenizer::from_gguf(&gguf::open(file)?, config)?,
+        None => ModelTokenizer::from_pretrained(place, config)?,
+    })
 }
