@@ -1,0 +1,77 @@
+// A product, planned: which kernel, in how many blocks, with what arguments. How to plan one is in ../../kernels.
+#pragma once
+#include <algorithm>
+#include <initializer_list>
+
+#include "../../kernels/repair.cu"
+#include "../../kernels/fixed.cu"
+#include "../../kernels/integers.cu"
+#include "../../kernels/pair.cu"
+#include "data.cuh"
+
+namespace bench {
+
+constexpr int ALL_ROWS = 1 << 30;  // as rows of a block: the whole matrix at once
+
+struct Launch {
+  const void* kernel = nullptr;
+  int grid = 0, block = 0, shared_bytes = 0;
+  bool fits = true;              // else the matrix's stages are too large for the card's shared memory
+  taper::PairProduct args = {};  // all layouts but `pair` take its first member only, which is what they read
+
+  taper::Product& product() { return args.p; }
+  const taper::Product& product() const { return args.p; }
+
+  // The same launch with other weights.
+  Launch with(const uint8_t* weights) const {
+    Launch other = *this;
+    other.product().weights = weights;
+    return other;
+  }
+
+  // Where the activations are and where the product goes; rows are `x_stride` and `y_stride` values apart.
+  void bind(const void* x, int x_stride, void* y, int y_stride, Type y_type, const void* bias = nullptr) {
+    taper::Product& p = product();
+    p.x = x, p.y = y, p.bias = bias, p.x_stride = x_stride, p.y_stride = y_stride, p.y_type = y_type;
+  }
+
+  // Slabs of columns and groups of tiles for that many blocks, and the work space.
+  void split(const Device& device, int slabs, int tiles, int columns) {
+    taper::Product& p = product();
+    p.slabs = slabs, p.groups = std::min(tiles, std::max(1, device.multiprocessors / slabs));
+    p.partial = device.partial.get(), p.arrived = device.arrived.get();
+    grid = p.groups * slabs;
+    if ((size_t)slabs * columns * tiles * taper::TILE_ROWS > Device::PARTIAL_FLOATS) {
+      fprintf(stderr, "the work space is too small for %d slabs of %d tiles\n", slabs, tiles);
+      exit(1);
+    }
+  }
+
+  void run(cudaStream_t stream, bool programmatic) const;
+};
+
+// A launch that may begin while the kernel before it still runs (programmatic stream serialisation), or a plain one.
+struct Config {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+  Config(int grid, int block, int shared_bytes, cudaStream_t stream, bool programmatic) {
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (programmatic) config.attrs = &attribute, config.numAttrs = 1;
+  }
+};
+
+inline void Launch::run(cudaStream_t stream, bool programmatic) const {
+  const Config how(grid, block, shared_bytes, stream, programmatic);
+  void* arguments[] = {(void*)&args};
+  CUDA(cudaLaunchKernelExC(&how.config, kernel, arguments));
+}
+
+// Lets the kernels have as much dynamic shared memory as the card has.
+inline void allow_shared_memory(const Device& device, std::initializer_list<const void*> kernels) {
+  for (const void* kernel : kernels)
+    if (kernel) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit));
+}
+
+}  // namespace bench

@@ -1,0 +1,180 @@
+// Matrices in the layouts of equal stages: `fixed` and the integers. pair.cuh is the same for `pair`.
+#pragma once
+#include <string>
+
+#include "launch.cuh"
+
+namespace bench {
+
+using namespace taper;
+
+struct Products {
+  const void *to_8, *to_16, *to_32, *to_64;  // by columns of activations
+  const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
+};
+
+// The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
+template <class L>
+struct Kernels;
+
+template <>
+struct Kernels<Fixed> {
+  static constexpr const char* NAME = "fixed";
+  static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;
+  static Products products() {
+    return {(void*)fixed_product_8, (void*)fixed_product_16, (void*)fixed_product_32, (void*)fixed_product_64,
+            (void*)fixed_warpgroup_64};
+  }
+  static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
+    fixed_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);
+  }
+  static void pack(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, const float*,
+                   int, int, const uint4* plan, uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
+    fixed_pack<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan, weights, overflow, capacity);
+  }
+  static void decode(const Config& how, const uint8_t* weights, const uint32_t* overflow, const float*, uint16_t* out,
+                     Type, int rows, int cols, int stride, int tile0) {
+    CUDA(cudaLaunchKernelEx(&how.config, fixed_decode, weights, overflow, out, rows, cols, stride, tile0));
+  }
+};
+
+#define INTEGER_KERNELS(LAYOUT, L, CHECK, TIME)                                                                        \
+  template <>                                                                                                          \
+  struct Kernels<L> {                                                                                                  \
+    static constexpr const char* NAME = #LAYOUT;                                                                       \
+    static constexpr float SPREAD_CHECK = CHECK, SPREAD_TIME = TIME;                                                   \
+    static Products products() {                                                                                       \
+      return {(void*)LAYOUT##_product_8, (void*)LAYOUT##_product_16, (void*)LAYOUT##_product_32,                       \
+              (void*)LAYOUT##_product_64, nullptr};                                                                    \
+    }                                                                                                                  \
+    static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride,             \
+                     uint4* plan) {                                                                                    \
+      LAYOUT##_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);                                        \
+    }                                                                                                                  \
+    static void pack(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride,             \
+                     const float* tile_scales, int scale_stride, int row0, const uint4* plan, uint8_t* weights,        \
+                     uint32_t* overflow, uint32_t capacity) {                                                          \
+      LAYOUT##_pack<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, tile_scales, scale_stride, row0, plan,        \
+                                              weights, overflow, capacity);                                            \
+    }                                                                                                                  \
+    static void decode(const Config& how, const uint8_t* weights, const uint32_t* overflow, const float* row_scales,   \
+                       uint16_t* out, Type type, int rows, int cols, int stride, int tile0) {                          \
+      CUDA(cudaLaunchKernelEx(&how.config, LAYOUT##_decode, weights, overflow, row_scales, out, (int)type, rows, cols, \
+                              stride, tile0));                                                                         \
+    }                                                                                                                  \
+  };
+INTEGER_KERNELS(int8, Int8, 30, 30)
+INTEGER_KERNELS(int5, IntN<5>, 4.2f, 3.9f)
+INTEGER_KERNELS(int4, IntN<4>, 2, 1.9f)
+
+template <class L>
+class Staged {
+ public:
+  static constexpr const char* NAME = Kernels<L>::NAME;
+  static constexpr int MOST_COLUMNS = 64;
+  static constexpr bool SCALED = L::SCALED;
+  static constexpr float SPREAD_CHECK = Kernels<L>::SPREAD_CHECK, SPREAD_TIME = Kernels<L>::SPREAD_TIME;
+
+  static void prepare(const Device& device) {
+    const Products p = Kernels<L>::products();
+    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup});
+  }
+  static bool has_warpgroups(const Device& device, int columns) {
+    return columns > 32 && device.warpgroups && Kernels<L>::products().warpgroup;
+  }
+
+  // Packs `block_rows` rows at a time, as a loader does that never holds the whole matrix dense.
+  Staged(const Device& device, const DenseMatrix& dense, int block_rows = ALL_ROWS)
+      : device_(device), dense_(dense), shape_(dense.rows, dense.cols) {
+    bytes_ = (size_t)shape_.tiles * shape_.tile_bytes();
+    weights_ = Buffer<uint8_t>(bytes_);
+    weights_.fill(0xEE, bytes_);  // whatever packing forgets is no weight
+    capacity_ = (uint32_t)std::min<size_t>((size_t)dense.rows * dense.cols + 1024, 1u << 28);
+    overflow_ = Buffer<uint32_t>(capacity_);
+    const Buffer<uint32_t> totals(8);
+    totals.fill(0, 8);
+    const Buffer<uint4> plan((size_t)shape_.tiles * shape_.stages);
+    for (int row = 0; row < dense.rows; row += block_rows)
+      pack(dense.weights.get() + (size_t)row * dense.stride, row, std::min(block_rows, dense.rows - row), capacity_,
+           plan.get(), totals.get(), nullptr);
+    totals.download(totals_, 5);
+    CUDA(cudaGetLastError());
+  }
+
+  size_t bytes() const { return bytes_; }
+  const uint8_t* weights() const { return weights_.get(); }
+  double bits() const { return (bytes_ + 4.0 * totals_[0]) * 8 / ((double)dense_.rows * dense_.cols); }
+  std::string details() const {
+    char text[120];
+    snprintf(text, sizeof text, "%u repairs (%.4f%%), at most %u a stage, %u stages overflow", totals_[1],
+             100.0 * totals_[1] / dense_.rows / dense_.cols, totals_[3], totals_[2]);
+    return text;
+  }
+
+  // Dense rows of `tiles` tiles from `tile0` on.
+  bool decode(const uint8_t* weights, uint16_t* out, Type type, int stride, int tile0, int tiles,
+              cudaStream_t stream) const {
+    Kernels<L>::decode(Config(tiles * shape_.stages, 256, 0, stream, true), weights, overflow_.get(),
+                       dense_.row_scales.get(), out, type, dense_.rows, dense_.cols, stride, tile0);
+    return true;
+  }
+
+  Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
+    constexpr int STAGE = (int)Shape<L>::stage_bytes();
+    const Products kernels = Kernels<L>::products();
+    const int columns = batch * (x_type + 1), limit = device_.shared_limit;  // f16 and f32 take two and three columns
+    Launch launch;
+    Product& p = launch.product();
+    p.weights = weights_.get(), p.overflow = overflow_.get(), p.row_scale = dense_.row_scales.get();
+    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type, p.keep = tiles_kept(columns);
+    int slabs = 1;
+    if (columns <= 16) {
+      while (product_shared_bytes<L>(dense_.cols, slabs, columns, 3) > limit) slabs++;
+      while (shape_.tiles * slabs * 2 <= device_.multiprocessors && slabs < shape_.stages) slabs++;
+      const int in_flight = (49152 + STAGE / 2) / STAGE, most = std::min(16, (programmatic ? 3 : 2) * in_flight);
+      p.slots = 3;
+      while (p.slots < most && product_shared_bytes<L>(dense_.cols, slabs, columns, p.slots + 1) <= limit) p.slots++;
+      p.in_flight = std::min(in_flight, p.slots);
+      launch.kernel = columns <= 8 ? kernels.to_8 : kernels.to_16, launch.block = BLOCK;
+      launch.shared_bytes = product_shared_bytes<L>(dense_.cols, slabs, columns, p.slots);
+    } else {
+      slabs = shape_.stages;
+      p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
+      launch.kernel = columns <= 32 ? kernels.to_32 : kernels.to_64, launch.block = WIDE_BLOCK;
+      while (wide_shared_bytes<L>(columns, p.slots) > limit) p.slots--;
+      launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots);
+    }
+    if (warpgroup)
+      launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L>(p.slots);
+    if (slabs > shape_.stages) {
+      fprintf(stderr, "%d slabs of %d stages\n", slabs, shape_.stages);
+      exit(1);
+    }
+    launch.split(device_, slabs, shape_.tiles, columns);
+    return launch;
+  }
+
+  const Shape<L>& shape() const { return shape_; }
+
+  // Rows `row` and on from dense ones. plan: for each stage; totals: see repair.cu.
+  void pack(const uint16_t* from, int row, int rows, uint32_t capacity, uint4* plan, uint32_t* totals,
+            cudaStream_t stream) const {
+    const int stages = ceil_div(rows, TILE_ROWS) * shape_.stages;
+    Kernels<L>::plan(stages, stream, from, rows, dense_.cols, dense_.stride, plan);
+    repair_scan<<<1, 1024, 0, stream>>>(plan, stages, totals);
+    Kernels<L>::pack(stages, stream, from, rows, dense_.cols, dense_.stride, dense_.tile_scales.get(),
+                     dense_.tile_scale_stride, row, plan, weights_.get() + row / TILE_ROWS * shape_.tile_bytes(),
+                     overflow_.get(), capacity);
+  }
+
+ private:
+  const Device& device_;
+  const DenseMatrix& dense_;
+  Shape<L> shape_;
+  size_t bytes_;
+  uint32_t capacity_, totals_[5];
+  Buffer<uint8_t> weights_;
+  Buffer<uint32_t> overflow_;
+};
+
+}  // namespace bench
