@@ -4,7 +4,9 @@ mod common;
 
 use candle_taper::CompressedMatrix;
 use candle_taper::format::{Checks, SafeTensors, TileStream};
-use common::counting::{Counting, peak_of, used};
+#[cfg(feature = "candle")]
+use common::counting::used;
+use common::counting::{Counting, peak_of};
 use common::golden::all;
 use common::patch::{Patch, at, record};
 
