@@ -119,6 +119,7 @@ pub struct Weights<'a> {
     bytes: &'a [u8],
     rows: usize,
     stride: usize,
+    next: &'a [u8],
 }
 
 impl<'a> Weights<'a> {
@@ -128,7 +129,18 @@ impl<'a> Weights<'a> {
     /// If the stride is not a multiple of 64 up to 256, or `bytes` are fewer.
     pub fn new(bytes: &'a [u8], rows: usize, stride: usize) -> Weights<'a> {
         assert!(stride.is_multiple_of(64) && stride > 0 && stride <= TILE && bytes.len() >= rows * stride);
-        Weights { bytes: &bytes[..rows * stride], rows, stride }
+        Weights { bytes: &bytes[..rows * stride], rows, stride, next: &[] }
+    }
+
+    /// Says what will be multiplied after these weights, so that it is fetched while they are.
+    pub fn followed_by(self, next: &'a [u8]) -> Weights<'a> {
+        Weights { next, ..self }
+    }
+
+    /// What [`Weights::followed_by`] said.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub(super) fn next(&self) -> &'a [u8] {
+        self.next
     }
 
     /// Number of rows.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
+use super::decode::OpenBand;
 use super::{Activations, CompressedMatrix};
 use crate::codec::band::Band;
 use crate::codec::{BAND_ROWS, Geometry, Kind, TILE};
@@ -182,39 +183,53 @@ impl CompressedMatrix<'_> {
     }
 
     /// Calls `each` with every band of a strip, from left to right, its first column, whether its symbols ended as they
-    /// must, and its buffers. The symbols of two bands are decoded side by side.
+    /// must, its buffers, and the raw bytes of the band after it. The symbols of two bands are decoded side by side.
     fn for_bands(
         &self,
         strip: usize,
         pair: &mut [DotScratch; 2],
-        mut each: impl FnMut(&Band, usize, bool, &mut DotScratch) -> Result<()>,
+        mut each: impl FnMut(&Band, usize, bool, &mut DotScratch, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let across = self.geometry().tile_cols();
         let first = strip * BAND_ROWS / TILE * across;
-        let band = strip % (TILE / BAND_ROWS);
+        let (end, band) = (first + across, strip % (TILE / BAND_ROWS));
         let [left, right] = pair;
-        let mut each = |tile, band: &Band, col, done, scratch: &mut DotScratch| {
-            each(band, col, done, scratch).map_err(|e| self.in_tile(tile, e))
+        let mut each = |tile, band: &Band, col, done, scratch: &mut DotScratch, next: &[u8]| {
+            each(band, col, done, scratch, next).map_err(|e| self.in_tile(tile, e))
         };
-        for tile in (first..first + across).step_by(2) {
-            let a = self.open_band(tile, band)?;
+        let open = |tile: usize| (tile < end).then(|| self.open_band(tile, band));
+        let mut next = open(first);
+        let mut tile = first;
+        while let Some(a) = next {
+            let a = a?;
             let view = self.view(&a);
-            if tile + 1 == first + across {
+            let Some(b) = open(tile + 1).transpose()? else {
                 let [done] = cpu::symbols(self.backend(), [&view], [&mut left.scratch]);
-                return each(tile, &view, a.rect.col, done, left);
-            }
-            let b = self.open_band(tile + 1, band)?;
+                return each(tile, &view, a.rect.col, done, left, &[]);
+            };
             let other = self.view(&b);
+            next = open(tile + 2);
             let done = cpu::symbols(self.backend(), [&view, &other], [&mut left.scratch, &mut right.scratch]);
-            each(tile, &view, a.rect.col, done[0], left)?;
-            each(tile + 1, &other, b.rect.col, done[1], right)?;
+            each(tile, &view, a.rect.col, done[0], left, other.bytes.raw)?;
+            each(tile + 1, &other, b.rect.col, done[1], right, self.raw_bytes(&next))?;
+            tile += 2;
         }
         Ok(())
     }
 
+    /// The raw bytes of a band, for those who fetch them early; none if there is no band, or a damaged one.
+    fn raw_bytes<'s>(&'s self, band: &'s Option<Result<OpenBand<'s>>>) -> &'s [u8] {
+        match band {
+            Some(Ok(opened)) => self.view(opened).bytes.raw,
+            _ => &[],
+        }
+    }
+
     /// The rows of one strip of bands times `x`.
     fn strip_dot(&self, strip: usize, x: &Activation, pair: &mut [DotScratch; 2], y: &mut [f32]) -> Result<()> {
-        self.for_bands(strip, pair, |band, col, done, scratch| dot_band(self.backend(), band, done, scratch, x, col, y))
+        self.for_bands(strip, pair, |band, col, done, scratch, _| {
+            dot_band(self.backend(), band, done, scratch, x, col, y)
+        })
     }
 
     /// The rows of one strip of INT8 bands times rounded activations, except for those given as they are: `y` is
@@ -228,9 +243,10 @@ impl CompressedMatrix<'_> {
         y: &mut [f32],
     ) -> Result<()> {
         let Buffers { pair, packed, .. } = buffers;
-        self.for_bands(strip, pair, |band, col, done, scratch| {
+        self.for_bands(strip, pair, |band, col, done, scratch, next| {
             let weights = int8::decode(self.backend(), band, done, &mut scratch.scratch, &mut scratch.padded)?;
             if x.len() == 1 {
+                let weights = weights.followed_by(next);
                 int8::dot(self.backend(), &weights, &band.scales, x, 0, col, y);
             } else {
                 int8::matmul(self.backend(), &weights, &band.scales, x, col, y, packed);
@@ -253,7 +269,7 @@ impl CompressedMatrix<'_> {
         let Buffers { pair, weights, .. } = buffers;
         let n = BAND_ROWS.min(rows - strip * BAND_ROWS);
         weights.resize(n * cols, 0.0);
-        self.for_bands(strip, pair, |band, col, done, scratch| {
+        self.for_bands(strip, pair, |band, col, done, scratch, _| {
             cpu::dot::values(self.backend(), band, done, scratch, &mut weights[col..], cols)
         })?;
         // y[m][n] = Σ x[m][k] · w[n][k]

@@ -17,6 +17,9 @@ pub(in crate::cpu) fn available() -> bool {
     super::available() && is_x86_feature_detected!("avx512vnni")
 }
 
+/// Rows between what is multiplied and what is fetched: 8 KiB, about half a microsecond of a core's reading.
+const AHEAD: usize = 32;
+
 /// See [`crate::cpu::int8::dot`].
 pub(in crate::cpu) fn dot(weights: &Weights, scales: &[f32; BAND_ROWS], x: Blocks, y: &mut [f32]) {
     assert!(available() && y.len() == weights.rows() && y.len() <= BAND_ROWS);
@@ -39,6 +42,11 @@ unsafe fn dot_vnni(weights: &Weights, scales: &[f32; BAND_ROWS], x: Blocks, y: &
             // SAFETY: the row is one of `rows`, each of `stride` bytes.
             unsafe { weights.bytes().as_ptr().add((first + i.min(count - 1)) * stride) }
         };
+        // The same columns of rows further down, or of what is multiplied next: only addresses, nothing is read there.
+        let fetch: [*const u8; 16] = std::array::from_fn(|i| match (first + AHEAD + i).checked_sub(rows) {
+            None => weights.bytes().as_ptr().wrapping_add((first + AHEAD + i) * stride),
+            Some(beyond) => weights.next().as_ptr().wrapping_add(beyond * stride),
+        });
         let mut t = _mm512_setzero_ps();
         for block in (0..stride / BLOCK).step_by(2) {
             // SAFETY: rows and activations have the 64 bytes of these two blocks, as the stride is a multiple of 64.
@@ -46,8 +54,7 @@ unsafe fn dot_vnni(weights: &Weights, scales: &[f32; BAND_ROWS], x: Blocks, y: &
                 let x = _mm512_loadu_si512(x.values.as_ptr().add(block).cast());
                 let product = |i: usize| {
                     let at = row(i).add(BLOCK * block);
-                    // What is read next: the same columns of the next 16 rows, or of whatever follows the band.
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(16 * stride).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(fetch[i].wrapping_add(BLOCK * block).cast());
                     let w = _mm512_xor_si512(_mm512_loadu_si512(at.cast()), flip);
                     _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x)
                 };
