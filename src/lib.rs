@@ -1,4 +1,4 @@
-//! **candle-taper** makes large-model weights small, and is being built to keep them small while they are used.
+//! **candle-taper** makes large-model weights small, and keeps them small while they are used.
 //!
 //! A weight matrix is cut into 256×256 tiles. In each, the part of a weight that is skewed (a float's exponent, the high
 //! bits of an integer) is entropy-coded with rANS, and the part that is noise is stored as it is: 10.6 instead of 16
@@ -43,6 +43,7 @@
 //! | [`cpu`] | decoding with AVX2, AVX-512 and NEON; the only `unsafe` besides the memory map |
 //! | [`matrix`] | one matrix in memory: analyse, encode, verify, decode |
 //! | [`checkpoint`] | a checkpoint on disk, read by tensor, tile or row |
+//! | `cuda` | with feature `cuda`: matrices in a GPU's memory, decoded and multiplied there |
 //! | `ops`, `nn` | with feature `candle`: products with compressed weights as candle operations, and layers of them |
 //! | [`convert`] | whole checkpoints: compress, decompress, verify |
 //! | [`inspect`] | where the bits went |
