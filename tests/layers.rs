@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
-use candle_nn::{Embedding, Linear};
+use candle_nn::{Embedding, Linear, VarBuilder};
 use candle_taper::nn::{CompressedEmbedding, CompressedLinear, LinearLayer};
 use candle_taper::ops::compressed_linears;
 use candle_taper::{Checkpoint, Codec, Options, Stage, convert};
@@ -48,6 +48,27 @@ fn linear_layers_equal_candles_in_any_dtype_and_shape() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn layers_come_out_of_a_var_builder_as_candles_do() -> Result<()> {
+    let tensors = [
+        ("a.weight", random(&[40, 30], DType::F32)?),
+        ("a.bias", random(&[40], DType::F32)?),
+        ("b.weight", random(&[40, 30], DType::F32)?),
+    ];
+    let tensors = tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let x = random(&[3, 30], DType::F32)?;
+    for (name, bias) in [("a", true), ("b", false)] {
+        let ours = CompressedLinear::from_var_builder(30, 40, &Options::default(), vb.pp(name))?;
+        let theirs = candle_nn::linear_b(30, 40, bias, vb.pp(name))?;
+        assert_eq!(ours.bias().is_some(), bias);
+        assert!(difference(&ours.forward(&x)?, &theirs.forward(&x)?)? < 1e-5);
+    }
+    let wrong = CompressedLinear::from_var_builder(31, 40, &Options::default(), vb.pp("a")).unwrap_err().to_string();
+    assert!(wrong.contains("[40, 31]") && wrong.contains("[40, 30]"), "{wrong}");
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Module, Result, Tensor, bail};
-use candle_nn::Linear;
+use candle_nn::{Linear, VarBuilder};
 
 use super::{bytes_to_tensor, compress_tensor};
 use crate::checkpoint::Checkpoint;
@@ -62,6 +62,22 @@ impl CompressedLinear {
     /// Compresses a layer.
     pub fn from_linear(linear: &Linear, options: &Options) -> Result<CompressedLinear> {
         CompressedLinear::from_tensor(linear.weight(), linear.bias().cloned(), options)
+    }
+
+    /// The layer whose weight is `weight`, `[out_dim, in_dim]`, and whose bias is `bias`, if there is one, where `vb`
+    /// points: what [`candle_nn::linear_b`] takes. The weight is compressed now, in the dtype of `vb`; from a compressed
+    /// checkpoint [`CompressedLinear::load`] takes it as it is.
+    ///
+    /// # Errors
+    /// If the weight is missing, has another shape or dtype, or the options contradict each other.
+    pub fn from_var_builder(
+        in_dim: usize,
+        out_dim: usize,
+        options: &Options,
+        vb: VarBuilder,
+    ) -> Result<CompressedLinear> {
+        let bias = vb.contains_tensor("bias").then(|| vb.get(out_dim, "bias")).transpose()?;
+        CompressedLinear::from_tensor(&vb.get((out_dim, in_dim), "weight")?, bias, options)
     }
 
     /// The tensor `name` of a checkpoint, mapped where it is compressed, else compressed now as `options` say. `bias` is
