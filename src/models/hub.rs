@@ -126,10 +126,11 @@ fn fetch(id: &str, revision: &str, progress: Arc<dyn Progress + Send + Sync>) ->
             "the hub refuses ({error}): the model is gated, private or misspelt. Accept its licence at \
              https://huggingface.co/{id}, and set HF_TOKEN or run `hf auth login`"
         )),
-        HFError::RepoNotFound { .. } => {
-            Err("the hub has no such model, or it is private: check the name, and HF_TOKEN if it is yours".to_string())
-        }
-        HFError::RevisionNotFound { .. } => Err(format!("the model has no revision {revision}")),
+        // The hub is asked for a revision first, so a model that is not there looks like one without that revision.
+        HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => Err(format!(
+            "the hub has no such model, or no revision {revision} of it, or it is private: check the name, and HF_TOKEN if \
+             it is yours"
+        )),
         HFError::Request { .. } | HFError::Http { .. } => match cached() {
             Some(dir) => {
                 progress.note(&format!("the hub cannot be reached ({error}); using the copy of {id} in the cache"));
