@@ -66,20 +66,7 @@ impl<'a> Planes<'a> {
     /// Puts escapes where `mask` has a bit, in order. For vector units without an expand instruction.
     #[cold]
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
-    pub fn patch<const N: usize>(&mut self, mut mask: u64, high: &mut [u8; N]) {
-        while mask != 0 {
-            let value = match self.escapes.split_first() {
-                Some((&value, rest)) => {
-                    self.escapes = rest;
-                    value
-                }
-                None => {
-                    self.missing = true;
-                    0
-                }
-            };
-            high[mask.trailing_zeros() as usize % N] = value;
-            mask &= mask - 1;
-        }
+    pub fn patch<const N: usize>(&mut self, mask: u64, high: &mut [u8; N]) {
+        super::patch(&mut self.escapes, &mut self.missing, mask, high);
     }
 }

@@ -359,21 +359,28 @@ impl<'a> Bf16Join<'a> {
     /// Puts escape bytes where `mask` has a bit, in order. For vector units without an expand instruction.
     #[inline(always)]
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
-    fn patch<const N: usize>(&mut self, mut mask: u64, high: &mut [u8; N]) {
-        while mask != 0 {
-            let value = match self.escapes.split_first() {
-                Some((&value, rest)) => {
-                    self.escapes = rest;
-                    value
-                }
-                None => {
-                    self.missing = true;
-                    0
-                }
-            };
-            high[mask.trailing_zeros() as usize % N] = value;
-            mask &= mask - 1;
-        }
+    fn patch<const N: usize>(&mut self, mask: u64, high: &mut [u8; N]) {
+        patch(&mut self.escapes, &mut self.missing, mask, high);
+    }
+}
+
+/// Puts escape bytes where `mask` has a bit, in order; zeros, and a note of it, where they are missing.
+#[inline(always)]
+#[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
+fn patch<const N: usize>(escapes: &mut &[u8], missing: &mut bool, mut mask: u64, high: &mut [u8; N]) {
+    while mask != 0 {
+        let value = match escapes.split_first() {
+            Some((&value, rest)) => {
+                *escapes = rest;
+                value
+            }
+            None => {
+                *missing = true;
+                0
+            }
+        };
+        high[mask.trailing_zeros() as usize % N] = value;
+        mask &= mask - 1;
     }
 }
 
