@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::kernels::{Kernels, driver};
-use super::packed::rows_within;
+use super::memory::rows_within;
 use super::scratch::WORKSPACE;
 use super::upload::upload;
 use crate::codec::band::{ESCAPE_COUNT, UNFINISHED};

@@ -11,7 +11,7 @@ use cudarc::driver::sys::{CUdevice_attribute as Property, CUfunction_attribute_e
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
-use super::packed::{Family, PackedKernels};
+use super::family::{Family, PackedKernels};
 use super::scratch::Scratch;
 use super::upload::Staging;
 use crate::{Error, Result};

@@ -21,16 +21,22 @@
 
 mod bandwidth;
 mod decode;
+mod family;
 mod gemm;
 mod kernels;
+mod launch;
+mod memory;
+mod multiply;
 mod packed;
+mod packing;
+mod product;
 mod scratch;
 mod upload;
 mod weight;
 
 pub use bandwidth::GpuTimer;
 pub use decode::DeviceStream;
-pub use packed::set_programmatic_launch;
+pub use launch::set_programmatic_launch;
 pub use weight::CudaWeight;
 
 use candle_core::DType;

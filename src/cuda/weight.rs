@@ -3,47 +3,35 @@
 
 use std::ops::Range;
 
-use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, cudarc};
-use candle_core::{CudaDevice, CudaStorage, Layout, Shape};
+use candle_core::cuda_backend::cudarc;
+use candle_core::{CudaDevice, CudaStorage, Layout};
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 
 use super::decode::DeviceStream;
 use super::dtype_of;
-use super::gemm::{Gemm, Strides};
+use super::family::Family;
 use super::kernels::{Kernels, driver, no_room, out_of_memory};
-use super::packed::{FactorsOf, Family, Packed, rows_within};
+use super::memory::{Element, bytes_mut, contiguous, rows_within};
+use super::packed::Packed;
+use super::packing::Scales;
 use super::scratch::WORKSPACE;
-use crate::codec::{Dtype, Geometry, Kind, Plan, ScaleLayout};
+use crate::codec::{Dtype, Geometry, Kind};
 use crate::matrix::{GpuLayout, Weight};
 use crate::{Error, Result};
 
 /// A compressed matrix in a GPU's memory.
 #[derive(Debug)]
 pub struct CudaWeight {
-    kept: Kept,
+    pub(super) kept: Kept,
     dtype: Dtype,
 }
 
 /// What is kept of it.
 #[derive(Debug)]
-enum Kept {
+pub(super) enum Kept {
     Stream(DeviceStream),
     Packed(Packed),
-}
-
-/// One of the element types of activations.
-trait Element: CudaDType + DeviceRepr {
-    const DTYPE: Dtype;
-}
-impl Element for bf16 {
-    const DTYPE: Dtype = Dtype::Bf16;
-}
-impl Element for f16 {
-    const DTYPE: Dtype = Dtype::F16;
-}
-impl Element for f32 {
-    const DTYPE: Dtype = Dtype::F32;
 }
 
 impl CudaWeight {
@@ -117,7 +105,7 @@ impl CudaWeight {
         }
     }
 
-    fn kernels(&self) -> &Kernels {
+    pub(super) fn kernels(&self) -> &Kernels {
         match &self.kept {
             Kept::Stream(stream) => stream.kernels(),
             Kept::Packed(packed) => packed.kernels(),
@@ -145,7 +133,7 @@ impl CudaWeight {
 
     /// Enqueues the decoding of rows, which start at a multiple of 16, into the front of `memory`, for a product or as the
     /// tensor has them. What lies behind them is used too: see [`CudaWeight::room`].
-    fn decode_block(
+    pub(super) fn decode_block(
         &self,
         rows: Range<usize>,
         dtype: Dtype,
@@ -167,7 +155,7 @@ impl CudaWeight {
     }
 
     /// Bytes that [`CudaWeight::decode_block`] needs for a weight.
-    fn room(&self, dtype: Dtype) -> usize {
+    pub(super) fn room(&self, dtype: Dtype) -> usize {
         match &self.kept {
             Kept::Packed(packed) if !packed.decodes_to(dtype) => dtype.size() + 2,
             _ => dtype.size(),
@@ -270,142 +258,18 @@ impl CudaWeight {
         Ok(CudaStorage::wrap_cuda_slice(out, self.device().clone()))
     }
 
-    /// `x · Wᵀ` for a contiguous `x` of shape `[…, columns]`: `[…, rows]` in `x`'s dtype, with sums in F32.
-    ///
-    /// # Errors
-    /// If the shapes do not fit, `x` lies on another device or has another dtype than BF16, F16 and F32, or a launch fails.
-    pub fn matmul(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let Geometry { rows, cols } = self.geometry();
-        self.apply(x, layout, [cols, rows], Direction::Forward)
-    }
-
-    /// `y · W` for a contiguous `y` of shape `[…, rows]`: the gradient of [`CudaWeight::matmul`].
-    ///
-    /// # Errors
-    /// As [`CudaWeight::matmul`].
-    pub fn matmul_transposed(&self, y: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let Geometry { rows, cols } = self.geometry();
-        self.apply(y, layout, [rows, cols], Direction::Backward)
-    }
-
-    fn apply(
-        &self,
-        x: &CudaStorage,
-        layout: &Layout,
-        [inner, outer]: [usize; 2],
-        direction: Direction,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.expect_device(x)?;
-        let Some((_, leading)) = layout.dims().split_last().filter(|(last, _)| **last == inner) else {
-            let Geometry { rows, cols } = self.geometry();
-            let dims = layout.dims();
-            return Err(Error::Invalid(format!(
-                "an input of shape {dims:?} does not fit a weight of shape [{rows}, {cols}]"
-            )));
-        };
-        let shape = Shape::from([leading, &[outer]].concat());
-        let range = contiguous(layout)?;
-        let y = match &x.slice {
-            CudaStorageSlice::BF16(x) => self.product(&x.slice(range), inner, outer, direction)?,
-            CudaStorageSlice::F16(x) => self.product(&x.slice(range), inner, outer, direction)?,
-            CudaStorageSlice::F32(x) => self.product(&x.slice(range), inner, outer, direction)?,
-            _ => return Err(Error::Unsupported("an input of another dtype than f32, bf16 and f16".into())),
-        };
-        Ok((y, shape))
-    }
-
-    /// The product for the rows of `inner` values in `x`.
-    fn product<T: Element>(
-        &self,
-        x: &CudaView<T>,
-        inner: usize,
-        outer: usize,
-        direction: Direction,
-    ) -> Result<CudaStorage> {
-        let m = x.len() / inner;
-        let mut y = self.alloc::<T>(m * outer, "a result")?;
-        if m > 0 {
-            let fused = match (&self.kept, direction) {
-                (Kept::Packed(packed), Direction::Forward) => {
-                    packed.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?
-                }
-                _ => false,
-            };
-            match direction {
-                _ if fused => {}
-                Direction::Forward => self.forward_dense(x, m, &mut y)?,
-                Direction::Backward => self.backward_dense(x, m, &mut y)?,
-            }
-        }
-        Ok(CudaStorage::wrap_cuda_slice(y, self.device().clone()))
-    }
-
-    /// Decodes rows of weights and multiplies with them, block by block: each gives some columns of the result.
-    fn forward_dense<T: Element>(&self, x: &CudaView<T>, m: usize, y: &mut CudaSlice<T>) -> Result<()> {
-        let Geometry { rows, cols } = self.geometry();
-        let (block, size) = (self.block_rows(T::DTYPE), T::DTYPE.size());
-        let (x, mut y) = (bytes(x)?, bytes_mut(y)?);
-        self.kernels().scratch.workspace(self.device(), block * cols * self.room(T::DTYPE), |workspace| {
-            for start in (0..rows).step_by(block) {
-                let n = block.min(rows - start);
-                self.decode_block(start..start + n, T::DTYPE, &mut workspace.as_view_mut(), true)?;
-                let strides = Strides { a: cols, b: cols, c: rows };
-                let (dtype, out) = (T::DTYPE, T::DTYPE);
-                let gemm = Gemm { m, n, k: cols, transposed: true, dtype, out, strides, add: false };
-                gemm.run(self.device(), &x, &workspace.as_view(), &mut y.slice_mut(start * size..))?;
-            }
-            Ok(())
-        })
-    }
-
-    /// As [`CudaWeight::forward_dense`]; each block adds to the whole result, in F32 where there are several.
-    fn backward_dense<T: Element>(&self, y: &CudaView<T>, m: usize, x: &mut CudaSlice<T>) -> Result<()> {
-        let Geometry { rows, cols } = self.geometry();
-        let (block, size) = (self.block_rows(T::DTYPE), T::DTYPE.size());
-        let y = bytes(y)?;
-        let single = block >= rows;
-        let mut sums = if single { None } else { Some(self.alloc::<f32>(m * cols, "a gradient")?) };
-        self.kernels().scratch.workspace(self.device(), block * cols * self.room(T::DTYPE), |workspace| {
-            for start in (0..rows).step_by(block) {
-                let k = block.min(rows - start);
-                self.decode_block(start..start + k, T::DTYPE, &mut workspace.as_view_mut(), true)?;
-                let strides = Strides { a: rows, b: cols, c: cols };
-                let out = if single { T::DTYPE } else { Dtype::F32 };
-                let gemm = Gemm { m, n: cols, k, transposed: false, dtype: T::DTYPE, out, strides, add: start > 0 };
-                let mut target = match &mut sums {
-                    Some(sums) => bytes_mut(sums)?,
-                    None => bytes_mut(x)?,
-                };
-                gemm.run(self.device(), &y.slice(start * size..), &workspace.as_view(), &mut target)?;
-            }
-            Ok(())
-        })?;
-        if let Some(sums) = sums {
-            use candle_core::backend::BackendStorage;
-            let sums = CudaStorage::wrap_cuda_slice(sums, self.device().clone());
-            let dtype = match T::DTYPE {
-                Dtype::Bf16 => candle_core::DType::BF16,
-                Dtype::F16 => candle_core::DType::F16,
-                _ => candle_core::DType::F32,
-            };
-            let mut rounded = sums.to_dtype(&Layout::contiguous((m, cols)), dtype)?;
-            std::mem::swap(x, T::as_cuda_slice_mut(&mut rounded)?);
-        }
-        Ok(())
-    }
-
     /// Rows that are decoded at a time.
-    fn block_rows(&self, dtype: Dtype) -> usize {
+    pub(super) fn block_rows(&self, dtype: Dtype) -> usize {
         rows_within(WORKSPACE, self.geometry().cols * self.room(dtype)).min(self.geometry().rows)
     }
 
-    fn alloc<T: DeviceRepr>(&self, length: usize, what: &str) -> Result<CudaSlice<T>> {
+    pub(super) fn alloc<T: DeviceRepr>(&self, length: usize, what: &str) -> Result<CudaSlice<T>> {
         // SAFETY: whoever asks for it writes all of it before anyone reads.
         let memory = unsafe { self.device().alloc::<T>(length) };
         memory.map_err(|e| out_of_memory(e, length * size_of::<T>(), what))
     }
 
-    fn expect_device(&self, x: &CudaStorage) -> Result<()> {
+    pub(super) fn expect_device(&self, x: &CudaStorage) -> Result<()> {
         if x.device.id() == self.device().id() {
             return Ok(());
         }
@@ -415,63 +279,5 @@ impl CudaWeight {
             ordinal(&x.device),
             ordinal(self.device())
         )))
-    }
-}
-
-/// Which product.
-#[derive(Clone, Copy)]
-enum Direction {
-    Forward,
-    Backward,
-}
-
-/// The elements of a contiguous layout.
-fn contiguous(layout: &Layout) -> Result<Range<usize>> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        return Err(Error::Invalid("the input is not contiguous".into()));
-    };
-    Ok(start..end)
-}
-
-/// The bytes of typed memory.
-fn bytes<'a, T>(view: &'a CudaView<'_, T>) -> Result<CudaView<'a, u8>> {
-    // SAFETY: any memory is bytes, and the length is that of the view.
-    let bytes = unsafe { view.transmute::<u8>(view.len() * size_of::<T>()) };
-    bytes.ok_or_else(|| Error::Invalid("a view that is no bytes".into()))
-}
-
-/// The bytes of typed memory, to be written.
-fn bytes_mut<T>(memory: &mut CudaSlice<T>) -> Result<CudaViewMut<'_, u8>> {
-    let length = memory.len() * size_of::<T>();
-    // SAFETY: as above; whoever writes them writes values of `T`, of which every pattern is one.
-    let bytes = unsafe { memory.transmute_mut::<u8>(length) };
-    bytes.ok_or_else(|| Error::Invalid("a view that is no bytes".into()))
-}
-
-/// Scales of a quantised matrix.
-enum Scales {
-    None,
-    Rows(Vec<f32>),
-    Tiles(Vec<f32>),
-}
-
-impl Scales {
-    /// Those of a stream: one for the whole matrix is one for each row.
-    fn of(plan: &Plan, geometry: Geometry, bytes: &[u8]) -> Scales {
-        let scales = || bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b));
-        match plan.scale {
-            ScaleLayout::None | ScaleLayout::Levels => Scales::None,
-            ScaleLayout::Matrix => Scales::Rows(vec![scales().next().unwrap_or(0.0); geometry.rows]),
-            ScaleLayout::Row => Scales::Rows(scales().take(geometry.rows).collect()),
-            ScaleLayout::Tile => Scales::Tiles(scales().take(geometry.tiles()).collect()),
-        }
-    }
-
-    fn factors(&self) -> FactorsOf<'_> {
-        match self {
-            Scales::None => FactorsOf::Nothing,
-            Scales::Rows(scales) => FactorsOf::Rows(scales),
-            Scales::Tiles(scales) => FactorsOf::Tiles(scales),
-        }
     }
 }

@@ -1,0 +1,144 @@
+//! How products are launched: the grid and the shared memory that their kernels ask for, and programmatic launches.
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::cuda_backend::cudarc;
+use cudarc::driver::{CudaFunction, DeviceRepr, sys};
+
+use super::family::{Family, TILE_ROWS, UNIT_COLS, stages};
+use super::kernels::{Kernels, driver};
+use crate::Result;
+use crate::codec::Geometry;
+
+/// Whether kernels may start before the one that they follow has ended; see [`set_programmatic_launch`].
+static PROGRAMMATIC: AtomicBool = AtomicBool::new(true);
+
+/// Lets products start, and fetch their weights, while the kernel before them still runs (programmatic dependent launch, from
+/// compute capability 9.0 on). It is on; benchmarks turn it off to show what it gains.
+pub fn set_programmatic_launch(on: bool) {
+    PROGRAMMATIC.store(on, Ordering::Relaxed);
+}
+
+/// Whether products are launched so on this GPU.
+pub(super) fn programmatic(kernels: &Kernels) -> bool {
+    kernels.programmatic && PROGRAMMATIC.load(Ordering::Relaxed)
+}
+
+/// The grid of a product, and what it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LaunchShape {
+    pub kernel: usize,
+    pub groups: usize,
+    pub slabs: usize,
+    pub threads: u32,
+    pub shared: usize,
+    /// Stages in the ring, and on their way at most.
+    pub slots: usize,
+    pub in_flight: usize,
+    /// Partial results that a block keeps before it adds them.
+    pub keep: usize,
+    /// Floats that blocks hand to each other.
+    pub partial: usize,
+}
+
+impl LaunchShape {
+    /// Grid and shared memory for `batch` activations of `parts` columns each, as `kernels/product.cuh` and
+    /// `kernels/wide.cuh` ask for; `None` if no kernel can take them.
+    pub fn of(
+        family: Family,
+        geometry: Geometry,
+        kernels: &Kernels,
+        batch: usize,
+        parts: usize,
+        programmatic: bool,
+    ) -> Option<LaunchShape> {
+        let columns = batch * parts;
+        let kernel = [8, 16, 32, 64].iter().position(|&most| columns <= most)?;
+        let (unit, trailer) = family.bytes();
+        let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
+        let (room, processors) = (kernels.packed(family).ok()?.products[kernel].1, kernels.processors);
+        let slot = (Family::UNITS * (unit + trailer)).next_multiple_of(128);
+        let shape = if kernel < 2 {
+            let keep = if columns <= 4 { 8 } else { 32 / columns };
+            let besides = |slabs: usize| {
+                let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
+                256 + keep * columns * 512 + columns * (2 * width + 64)
+            };
+            let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
+            while tiles * slabs * 2 <= processors && slabs < stages {
+                slabs += 1;
+            }
+            let wanted = if programmatic { 3 } else { 2 } * family.in_flight();
+            let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(3, 16);
+            LaunchShape {
+                kernel,
+                groups: tiles.min((processors / slabs).max(1)),
+                slabs,
+                threads: 288,
+                shared: slots * slot + besides(slabs),
+                slots,
+                in_flight: family.in_flight().min(slots),
+                keep,
+                partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+            }
+        } else {
+            let besides = 256 + 2 * 8 * columns * 80;
+            let slots = 73_728usize.div_ceil(family.stage_bytes()).min(8).min(room.checked_sub(besides)? / slot);
+            if stages > processors || slots == 0 {
+                return None;
+            }
+            LaunchShape {
+                kernel,
+                groups: tiles.min(processors / stages),
+                slabs: stages,
+                threads: 256,
+                shared: slots * slot + besides,
+                slots,
+                in_flight: slots,
+                keep: 0,
+                partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
+            }
+        };
+        (4 * shape.partial <= super::scratch::WORKSPACE && shape.groups > 0).then_some(shape)
+    }
+}
+
+/// Enqueues a product.
+///
+/// # Safety
+/// The argument's memory must have the sizes that `kernels/product.cuh` asks for, for as long as the stream uses it.
+pub(super) unsafe fn launch<A: DeviceRepr>(
+    stream: &cudarc::driver::CudaStream,
+    function: &CudaFunction,
+    shape: &LaunchShape,
+    argument: &A,
+    programmatic: bool,
+) -> Result<()> {
+    driver(stream.context().bind_to_thread())?;
+    // SAFETY: a union of plain numbers, for which zeros are a value.
+    let mut value: sys::CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
+    value.programmaticStreamSerializationAllowed = 1;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value,
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: (shape.groups * shape.slabs) as u32,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: shape.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shape.shared as u32,
+        hStream: stream.cu_stream(),
+        attrs: &raw mut attribute,
+        numAttrs: u32::from(programmatic),
+    };
+    let mut arguments = [(argument as *const A).cast_mut().cast()];
+    // SAFETY: the caller's; the driver copies the argument before it returns.
+    driver(unsafe {
+        sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()).result()
+    })
+}

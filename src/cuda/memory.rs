@@ -1,0 +1,58 @@
+//! Typed memory of a GPU as the bytes that kernels take.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use candle_core::Layout;
+use candle_core::cuda_backend::{CudaDType, cudarc};
+use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr};
+use half::{bf16, f16};
+
+use crate::codec::{Dtype, TILE};
+use crate::{Error, Result};
+
+/// One of the element types of activations.
+pub(super) trait Element: CudaDType + DeviceRepr {
+    const DTYPE: Dtype;
+}
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+/// The elements of a contiguous layout.
+pub(super) fn contiguous(layout: &Layout) -> Result<Range<usize>> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::Invalid("the input is not contiguous".into()));
+    };
+    Ok(start..end)
+}
+
+/// The bytes of typed memory.
+pub(super) fn bytes<'a, T>(view: &'a CudaView<'_, T>) -> Result<CudaView<'a, u8>> {
+    // SAFETY: any memory is bytes, and the length is that of the view.
+    let bytes = unsafe { view.transmute::<u8>(view.len() * size_of::<T>()) };
+    bytes.ok_or_else(|| Error::Invalid("a view that is no bytes".into()))
+}
+
+/// The bytes of typed memory, to be written.
+pub(super) fn bytes_mut<T>(memory: &mut CudaSlice<T>) -> Result<CudaViewMut<'_, u8>> {
+    let length = memory.len() * size_of::<T>();
+    // SAFETY: as above; whoever writes them writes values of `T`, of which every pattern is one.
+    let bytes = unsafe { memory.transmute_mut::<u8>(length) };
+    bytes.ok_or_else(|| Error::Invalid("a view that is no bytes".into()))
+}
+
+/// Rows that fit into a workspace of `bytes`: whole tiles of the stream, or whole bands where a tile does not fit.
+pub(super) fn rows_within(bytes: usize, row: usize) -> usize {
+    let whole = |rows: usize| bytes / row / rows * rows;
+    match whole(TILE) {
+        0 => whole(64).max(64),
+        rows => rows,
+    }
+}
