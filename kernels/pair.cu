@@ -163,6 +163,50 @@ extern "C" __global__ void __launch_bounds__(256)
   });
 }
 
+// A stage in shared memory, as a decoder's warps see it: unit `warp` to one, repairs to all.
+struct PairStage {
+  uint32_t at, tail, units;
+  __device__ PairStage(uint32_t at_, int units_)
+      : at(at_), tail(at_ + pair_header_bytes(units_) + units_ * Pair::UNIT_BYTES), units(units_) {}
+  // Hands vector j's registers to put(j, a), with exponents of zero for weights that are repaired.
+  template <class Put>
+  __device__ __forceinline__ void decode(uint32_t table_at, int warp, int lane, Put put) const {
+    const uint32_t by128 = blockDim.y * 128, bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
+    PairStreams<1> stream;
+    stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + units * 4 + 32 * warp + lane), lane);
+#pragma unroll 1
+    for (int j = 0; j < 4; j++) {
+      const uint4 s = lds128(bytes + 512 * j + 16 * lane);
+      uint32_t entry[2][1][4], a[8], half[4];
+      stream.next(table_at + lane * 4, by128, entry[0]);
+      stream.next(table_at + lane * 4, by128, entry[1]);
+      join4(half, s.x, s.y, entry[0][0]);
+      a[0] = half[0], a[1] = half[1], a[2] = half[2], a[3] = half[3];
+      join4(half, s.z, s.w, entry[1][0]);
+      a[4] = half[0], a[5] = half[1], a[6] = half[2], a[7] = half[3];
+      put(j, a);
+    }
+  }
+  // Hands the unit's repairs to put(row in the tile, column in the stage, value), when its weights have been written.
+  template <class Put>
+  __device__ __forceinline__ void repair(int warp, int lane, Put put) const {
+    __syncwarp();
+    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+    for (int q = lane; q < repairs; q += 32) {
+      const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
+      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, (uint16_t)(e >> 16));
+    }
+  }
+};
+
+// Copies a stage to `at` with all threads of the block.
+__device__ __forceinline__ void copy_stage(uint32_t at, const uint8_t* weights, const uint32_t* offset, int tid) {
+  const uint32_t from = __ldg(offset), pieces = __ldg(offset + 1) - from;
+  const uint64_t policy = evict_first_policy();
+  for (uint32_t q = tid; q < pieces; q += 256) async_copy16(at + 16 * q, weights + ((size_t)from + q) * 16, policy);
+  async_commit();
+}
+
 // Dense rows again. As many blocks as fit, each takes every gridDim.x-th of `stages` stages (tiles tile0 ...); out's
 // first row is row 16 tile0. Dynamic shared memory: TABLE_BYTES + slot_bytes.
 extern "C" __global__ void __launch_bounds__(256)
@@ -171,40 +215,24 @@ extern "C" __global__ void __launch_bounds__(256)
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Shape<Pair> shape(rows, cols);
-  const uint32_t table_at = shared_address(memory), at = table_at + TABLE_BYTES, by128 = blockDim.y * 128;
+  const uint32_t table_at = shared_address(memory), at = table_at + TABLE_BYTES;
   const bool aligned = ((size_t)out & 15) == 0 && stride % 8 == 0;
-  const uint64_t policy = evict_first_policy();
   Table<256>(table, tid).store(table_at, tid);
   let_next_kernel_start();
   bool first = true;
   for (int i = blockIdx.x; i < stages; i += gridDim.x) {
-    const int stage = i % shape.stages, tile = tile0 + i / shape.stages, units = shape.units_of(stage);
-    const uint32_t* offset = offsets + (size_t)tile * shape.stages + stage;
-    const uint32_t from = __ldg(offset), pieces = __ldg(offset + 1) - from;
+    const int number = i % shape.stages, tile = tile0 + i / shape.stages, units = shape.units_of(number);
     __syncthreads();
-    for (uint32_t q = tid; q < pieces; q += 256) async_copy16(at + 16 * q, weights + ((size_t)from + q) * 16, policy);
-    async_commit();
+    copy_stage(at, weights, offsets + (size_t)tile * shape.stages + number, tid);
     if (first) wait_for_previous_kernel();
     first = false;
     async_wait<0>();
     __syncthreads();
     if (warp >= units) continue;
-    const uint32_t bytes = at + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
-                   head = lds32(at + 4 * warp);
-    PairStreams<1> stream;
-    stream.start(0, tail, head, lds_s8(at + units * 4 + 32 * warp + lane), lane);
-    const int row = tile * TILE_ROWS + g, col = (stage * Pair::UNITS + warp) * UNIT_COLS;
+    const PairStage stage(at, units);
+    const int row = tile * TILE_ROWS + g, col = (number * Pair::UNITS + warp) * UNIT_COLS;
     uint16_t* const to = out + (size_t)(row - tile0 * TILE_ROWS) * stride + col + t * 8;
-#pragma unroll 1
-    for (int j = 0; j < 4; j++) {
-      const uint4 s = lds128(bytes + warp * Pair::UNIT_BYTES + 512 * j + 16 * lane);
-      uint32_t entry[2][1][4], a[8], half[4];
-      stream.next(table_at + lane * 4, by128, entry[0]);
-      stream.next(table_at + lane * 4, by128, entry[1]);
-      join4(half, s.x, s.y, entry[0][0]);
-      a[0] = half[0], a[1] = half[1], a[2] = half[2], a[3] = half[3];
-      join4(half, s.z, s.w, entry[1][0]);
-      a[4] = half[0], a[5] = half[1], a[6] = half[2], a[7] = half[3];
+    stage.decode(table_at, warp, lane, [&](int j, const uint32_t (&a)[8]) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int k = col + 32 * j + t * 8;
@@ -221,16 +249,43 @@ extern "C" __global__ void __launch_bounds__(256)
                                               : a[6 + h]) >>
                                 16 * (e & 1));
       }
-    }
-    __syncwarp();
-    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
-    for (int q = lane; q < repairs; q += 32) {
-      const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-      if ((int)k / UNIT_COLS == warp)
-        out[(size_t)((tile - tile0) * TILE_ROWS + (e & 15)) * stride + stage * Pair::UNITS * UNIT_COLS + k] =
-            (uint16_t)(e >> 16);
-    }
+    });
+    stage.repair(warp, lane, [&](int r, int k, uint16_t value) {
+      out[(size_t)((tile - tile0) * TILE_ROWS + r) * stride + number * Pair::UNITS * UNIT_COLS + k] = value;
+    });
   }
+}
+
+// Row ids[i] to row i of out; an id outside the table gives zeros. Grid: ids, stages; block and shared memory as above.
+extern "C" __global__ void __launch_bounds__(256)
+    pair_ids(const uint8_t* weights, const uint32_t* offsets, const uint32_t* table, const uint32_t* ids, uint16_t* out,
+             int rows, int cols, int stride) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  const Shape<Pair> shape(rows, cols);
+  const uint32_t table_at = shared_address(memory), at = table_at + TABLE_BYTES, id = ids[blockIdx.x];
+  const int number = blockIdx.y, tile = (int)(id / TILE_ROWS), row = (int)(id % TILE_ROWS),
+            units = shape.units_of(number), left = number * Pair::UNITS * UNIT_COLS;
+  uint16_t* const line = out + (size_t)blockIdx.x * stride;
+  if (id >= (uint32_t)rows) {
+    for (int k = left + tid; k < min(cols, left + Pair::UNITS * UNIT_COLS); k += 256) line[k] = 0;
+    return;
+  }
+  copy_stage(at, weights, offsets + (size_t)tile * shape.stages + number, tid);
+  Table<256>(table, tid).store(table_at, tid);
+  async_wait<0>();
+  __syncthreads();
+  if (warp >= units) return;
+  const PairStage stage(at, units);
+  stage.decode(table_at, warp, lane, [&](int j, const uint32_t (&a)[8]) {
+    const int k = left + warp * UNIT_COLS + 32 * j + t * 8;
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (k + e < cols && g == (row & 7)) line[k + e] = (uint16_t)((row & 8 ? a[2 * (e / 2) + 1] : a[2 * (e / 2)]) >> 16 * (e & 1));
+  });
+  stage.repair(warp, lane, [&](int r, int k, uint16_t value) {
+    if (r == row) line[left + k] = value;
+  });
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {

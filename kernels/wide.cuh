@@ -12,7 +12,8 @@
 //
 // Launch   grid groups * slabs, slabs = stages (more than the SMs: not possible, blocks of a group wait for each
 //          other), groups = min(tiles, SMs / slabs); block 256 (a ninth warp would leave each thread 168 registers);
-//          dynamic shared memory wide_shared_bytes(..); slots 3 to 8, in_flight is not used.
+//          dynamic shared memory wide_shared_bytes(..); slots 3 to 8, never fewer (the ring of sm_80 always has three);
+//          in_flight is not used.
 //          partial: slabs * batch * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end (neither
 //          if slabs = 1).
 #pragma once

@@ -75,10 +75,12 @@ pub(super) struct PackedKernels {
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for.
     pub products: [(CudaFunction, usize); 4],
+    /// For 33 to 64 columns with whole warpgroups: of layout `fixed`, on compute capability 9.0.
+    pub warpgroups: Option<(CudaFunction, usize)>,
 }
 
 impl PackedKernels {
-    pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32) -> Result<PackedKernels> {
+    pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32, hopper: bool) -> Result<PackedKernels> {
         let prefix = family.prefix();
         let product = |columns: usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         Ok(PackedKernels {
@@ -87,7 +89,16 @@ impl PackedKernels {
             decode: function(module, &format!("{prefix}_decode"), 0)?.0,
             ids: function(module, &format!("{prefix}_ids"), 0)?.0,
             products: [product(8)?, product(16)?, product(32)?, product(64)?],
+            warpgroups: match family {
+                Family::Fixed if hopper => Some(function(module, "fixed_warpgroup_64", shared)?),
+                _ => None,
+            },
         })
+    }
+
+    /// The product of that number.
+    pub fn product(&self, kernel: usize) -> Option<&CudaFunction> {
+        self.products.get(kernel).or(self.warpgroups.as_ref()).map(|(function, _)| function)
     }
 }
 

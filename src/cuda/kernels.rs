@@ -12,12 +12,12 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
 use super::family::{Family, PackedKernels};
+use super::pair::PairKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
 use crate::{Error, Result};
 
 /// What `build.rs` compiled.
-#[allow(dead_code)] // the pair layout is not wired up yet
 mod image {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
@@ -30,6 +30,7 @@ pub(super) struct Kernels {
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
     packed: Vec<(Family, PackedKernels)>,
+    pub pair: PairKernels,
     /// Pinned memory for uploads.
     pub staging: Mutex<Option<Staging>>,
     pub scratch: Scratch,
@@ -84,7 +85,7 @@ impl Kernels {
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
         let packed = Family::ALL.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, shared)?))
+            Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
         });
         Ok(Kernels {
             decode_rows: function(&decode, "taper_decode_rows", shared)?.0,
@@ -93,6 +94,7 @@ impl Kernels {
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
+            pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
             processors: processors as usize,

@@ -59,7 +59,9 @@ impl LaunchShape {
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
         let (room, processors) = (kernels.packed(family).ok()?.products[kernel].1, kernels.processors);
         let slot = (Family::UNITS * (unit + trailer)).next_multiple_of(128);
-        let shape = if kernel < 2 {
+        let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
+            shape
+        } else if kernel < 2 {
             let keep = if columns <= 4 { 8 } else { 32 / columns };
             let besides = |slabs: usize| {
                 let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
@@ -85,7 +87,8 @@ impl LaunchShape {
         } else {
             let besides = 256 + 2 * 8 * columns * 80;
             let slots = 73_728usize.div_ceil(family.stage_bytes()).min(8).min(room.checked_sub(besides)? / slot);
-            if stages > processors || slots == 0 {
+            // Blocks of a group wait for each other, so all must run at once.
+            if stages > processors || slots < 3 {
                 return None;
             }
             LaunchShape {
@@ -100,9 +103,85 @@ impl LaunchShape {
                 partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
             }
         };
-        (4 * shape.partial <= super::scratch::WORKSPACE && shape.groups > 0).then_some(shape)
+        shape.possible()
+    }
+
+    /// The product of whole warpgroups for 33 to 64 columns, `kernels/warpgroup.cuh`, where there is one.
+    fn warpgroups(family: Family, geometry: Geometry, kernels: &Kernels, columns: usize) -> Option<LaunchShape> {
+        const SLOTS: usize = 3;
+        let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
+        let (_, room) = kernels.packed(family).ok()?.warpgroups.as_ref()?;
+        let (unit, trailer) = family.bytes();
+        let activations = 8 * (2 * 8 * Family::UNITS * UNIT_COLS + 128 * 16);
+        let shared = activations + 8 * SLOTS * (unit + trailer + 8) + 128;
+        if columns <= 32 || shared > *room || stages > kernels.processors {
+            return None;
+        }
+        let shape = LaunchShape {
+            kernel: WARPGROUPS,
+            groups: tiles.min(kernels.processors / stages),
+            slabs: stages,
+            threads: 256,
+            shared,
+            slots: SLOTS,
+            in_flight: SLOTS,
+            keep: 0,
+            partial: stages * columns * tiles * TILE_ROWS,
+        };
+        shape.possible()
+    }
+
+    /// As [`LaunchShape::of`] for up to 16 columns of a matrix in layout `pair`, whose largest stage takes `slot` bytes of
+    /// shared memory: what `kernels/pair_product.cuh` asks for. `room` are the bytes that a block may have.
+    pub fn of_pair(
+        geometry: Geometry,
+        slot: usize,
+        (processors, room): (usize, usize),
+        batch: usize,
+        parts: usize,
+        programmatic: bool,
+    ) -> Option<LaunchShape> {
+        let columns = batch * parts;
+        let kernel = [8, 16].iter().position(|&most| columns <= most)?;
+        let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
+        let keep = match columns {
+            ..=1 => 8,
+            2..=4 => 2,
+            _ => 1,
+        };
+        let shared = |slabs: usize, slots: usize| {
+            let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
+            PAIR_TABLE + slots * slot + 256 + 320 + keep * columns * 512 + columns * (2 * width + 64)
+        };
+        let mut slabs = (1..=stages).find(|&slabs| shared(slabs, 5) <= room)?;
+        while tiles * slabs * 2 <= processors && slabs < stages {
+            slabs += 1;
+        }
+        let slots = if shared(slabs, 6) <= room { 6 } else { 5 };
+        let shape = LaunchShape {
+            kernel,
+            groups: tiles.min((processors / slabs).max(1)),
+            slabs,
+            threads: 288,
+            shared: shared(slabs, slots),
+            slots,
+            in_flight: if programmatic { 2 } else { 3 },
+            keep,
+            partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+        };
+        shape.possible()
+    }
+
+    /// Itself, if what blocks hand to each other fits into the workspace.
+    fn possible(self) -> Option<LaunchShape> {
+        (4 * self.partial <= super::scratch::WORKSPACE && self.groups > 0).then_some(self)
     }
 }
+
+/// The number of the warpgroups' product among a layout's kernels.
+pub(super) const WARPGROUPS: usize = 4;
+/// Bytes of the table of layout `pair`, which each lane has for itself.
+pub(super) const PAIR_TABLE: usize = 256 * 128;
 
 /// Enqueues a product.
 ///

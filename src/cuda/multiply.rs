@@ -76,8 +76,8 @@ impl CudaWeight {
         let mut y = self.alloc::<T>(m * outer, "a result")?;
         if m > 0 {
             let fused = match (&self.kept, direction) {
-                (Kept::Packed(packed), Direction::Forward) => {
-                    packed.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?
+                (Kept::Fused(fused), Direction::Forward) => {
+                    fused.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?
                 }
                 _ => false,
             };

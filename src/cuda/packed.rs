@@ -13,6 +13,7 @@ use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, LaunchConfig, PushKernelA
 use super::family::{Family, TILE_ROWS, stages};
 use super::kernels::{Kernels, driver};
 use crate::codec::{Dtype, Geometry};
+use crate::matrix::GpuLayout;
 use crate::{Error, Result};
 
 /// A matrix in one of the layouts.
@@ -33,39 +34,71 @@ impl fmt::Debug for Packed {
     }
 }
 
-impl Packed {
-    pub fn geometry(&self) -> Geometry {
+/// A matrix in a layout that fused kernels multiply with.
+pub(super) trait Fused: fmt::Debug + Send + Sync {
+    fn geometry(&self) -> Geometry;
+    fn device(&self) -> &CudaDevice;
+    fn kernels(&self) -> &Arc<Kernels>;
+    fn layout(&self) -> GpuLayout;
+    fn stored_bytes(&self) -> usize;
+
+    /// The dtypes that [`Fused::decode_rows`] writes: BF16 and perhaps another.
+    fn decodes_to(&self, dtype: Dtype) -> bool;
+
+    /// Enqueues the decoding of rows, which start at a multiple of 16.
+    fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()>;
+
+    /// What [`Fused::decode_ids`] writes.
+    fn ids_dtype(&self) -> Dtype;
+
+    /// Enqueues the decoding of the rows that `ids` name. An id outside the matrix gives zeros.
+    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()>;
+
+    /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`: false, with nothing done, if there are too many rows for
+    /// the layout's kernels.
+    fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool>;
+}
+
+/// Bytes that some rows decode to, if decoding may start and end with them and they fit into `room`.
+pub(super) fn whole_tiles(rows: &Range<usize>, Geometry { rows: height, cols }: Geometry, room: usize) -> Result<()> {
+    let whole = rows.end == height || rows.end.is_multiple_of(TILE_ROWS);
+    let fits = rows.start <= rows.end && rows.end <= height && rows.len() * cols * 2 <= room;
+    if whole && rows.start.is_multiple_of(TILE_ROWS) && fits {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("rows {rows:?} of a packed matrix into {room} bytes")))
+}
+
+impl Fused for Packed {
+    fn geometry(&self) -> Geometry {
         self.geometry
     }
 
-    pub fn device(&self) -> &CudaDevice {
+    fn device(&self) -> &CudaDevice {
         &self.device
     }
 
-    pub fn kernels(&self) -> &Arc<Kernels> {
+    fn kernels(&self) -> &Arc<Kernels> {
         &self.kernels
     }
 
-    pub fn family(&self) -> Family {
-        self.family
+    fn layout(&self) -> GpuLayout {
+        if self.family.scaled() { GpuLayout::Integers } else { GpuLayout::Fixed }
     }
 
-    pub fn stored_bytes(&self) -> usize {
+    fn stored_bytes(&self) -> usize {
         self.weights.len() + 4 * self.overflow.len() + self.row_scale.as_ref().map_or(0, |scale| 4 * scale.len())
     }
 
-    /// The dtypes that [`Packed::decode_rows`] writes.
-    pub fn decodes_to(&self, dtype: Dtype) -> bool {
+    fn decodes_to(&self, dtype: Dtype) -> bool {
         dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16
     }
 
-    /// Enqueues the decoding of rows, which start at a multiple of 16.
-    pub fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
-        let whole = rows.end == height || rows.end.is_multiple_of(TILE_ROWS);
-        let fits = rows.end <= height && rows.len() * cols * 2 <= out.len();
-        if !whole || !rows.start.is_multiple_of(TILE_ROWS) || !fits || !self.decodes_to(dtype) {
-            return Err(Error::Invalid(format!("rows {rows:?} of a packed matrix into {} bytes", out.len())));
+        whole_tiles(&rows, self.geometry, out.len())?;
+        if !self.decodes_to(dtype) {
+            return Err(Error::Invalid(format!("a packed matrix as {}", dtype.name())));
         }
         let blocks = rows.len().div_ceil(TILE_ROWS) * stages(cols);
         if blocks == 0 {
@@ -92,13 +125,11 @@ impl Packed {
         Ok(())
     }
 
-    /// What [`Packed::decode_ids`] writes.
-    pub fn ids_dtype(&self) -> Dtype {
+    fn ids_dtype(&self) -> Dtype {
         if self.family.scaled() { Dtype::F32 } else { Dtype::Bf16 }
     }
 
-    /// Enqueues the decoding of the rows that `ids` name. An id outside the matrix gives zeros.
-    pub fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()> {
         let Geometry { rows, cols } = self.geometry;
         if ids.len() * cols * self.ids_dtype().size() > out.len() {
             return Err(Error::Invalid(format!("{} rows of a packed matrix into {} bytes", ids.len(), out.len())));
@@ -120,5 +151,8 @@ impl Packed {
         // SAFETY: a block for each id and stage; `out` has a row for each id.
         driver(unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (256, 1, 1), shared_mem_bytes: 0 }) })?;
         Ok(())
+    }
+    fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
+        self.multiply(x, y, batch, dtype)
     }
 }

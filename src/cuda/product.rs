@@ -1,9 +1,11 @@
-//! Fused products: weights are decoded in registers and multiplied on tensor cores, for up to 64 columns of activations.
+//! Fused products: weights are decoded in registers and multiplied on tensor cores, for few rows of activations.
 #![allow(unsafe_code)]
 
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
+use super::kernels::Kernels;
 use super::launch::{LaunchShape, launch, programmatic};
 use super::packed::Packed;
 use crate::codec::{Dtype, Geometry};
@@ -12,7 +14,7 @@ use crate::{Error, Result};
 /// The argument of a product: the struct of that name in `kernels/product.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Product {
+pub(super) struct Product {
     weights: u64,
     overflow: u64,
     row_scale: u64,
@@ -39,36 +41,61 @@ struct Product {
 unsafe impl DeviceRepr for Product {}
 const _: () = assert!(size_of::<Product>() == 112);
 
-impl Packed {
-    /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`, with fused kernels: false, with nothing done, if there are
-    /// too many rows for them.
-    pub fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
-        let (parts, kind) = match dtype {
-            Dtype::Bf16 => (1, 0),
-            Dtype::F16 => (2, 1),
-            _ => (3, 2),
-        };
-        let (Geometry { rows, cols }, size) = (self.geometry, dtype.size());
+/// Columns of activations that a row takes on tensor cores, and the kernels' number of its dtype: F16 and F32 activations
+/// are split exactly into BF16 ones.
+fn columns_of(dtype: Dtype) -> (usize, i32) {
+    match dtype {
+        Dtype::Bf16 => (1, 0),
+        Dtype::F16 => (2, 1),
+        _ => (3, 2),
+    }
+}
+
+/// Rows of activations for each launch of kernels that take `columns` columns; `None` if that would be too many launches.
+/// F32 products on tensor cores beat cuBLAS's even with many.
+pub(super) fn rows_each(batch: usize, dtype: Dtype, columns: usize, most: usize) -> Option<usize> {
+    let launches = (batch * columns_of(dtype).0).div_ceil(columns);
+    (launches > 0 && launches <= most).then(|| batch.div_ceil(launches))
+}
+
+/// A matrix as the kernels of products take it.
+pub(super) struct Factor<'a> {
+    pub kernels: &'a Kernels,
+    pub device: &'a CudaDevice,
+    pub geometry: Geometry,
+    pub weights: &'a CudaSlice<u8>,
+    /// The list of repairs, or the table of a code.
+    pub overflow: &'a CudaSlice<u32>,
+    pub row_scale: Option<&'a CudaSlice<f32>>,
+}
+
+impl Factor<'_> {
+    /// Enqueues `y = x · Wᵀ` for `batch` rows of `x`, `each` of them a launch. `shape` says how so many rows of so many
+    /// columns are launched, with which kernel: false, with nothing done, if they cannot be. `argument` is what the kernel
+    /// takes.
+    ///
+    /// # Safety
+    /// The kernel must ask for no more memory than `shape` says, and the matrix be what it takes.
+    pub unsafe fn product<'k, A: DeviceRepr>(
+        &self,
+        (x, y): (&CudaView<u8>, &mut CudaViewMut<u8>),
+        (batch, each): (usize, usize),
+        dtype: Dtype,
+        shape: impl FnOnce(usize, usize, bool) -> Option<(LaunchShape, &'k CudaFunction)>,
+        argument: impl Fn(Product) -> A,
+    ) -> Result<bool> {
+        let ((parts, kind), size) = (columns_of(dtype), dtype.size());
+        let Geometry { rows, cols } = self.geometry;
         if batch * cols * size > x.len() || batch * rows * size > y.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
-        // F16 and F32 activations take two and three columns each; what exceeds 64 is launched in parts. F32 products on
-        // tensor cores beat cuBLAS's even so, and decoded F32 weights would take twice the memory.
-        let launches = (batch * parts).div_ceil(64);
-        let most = if dtype == Dtype::F32 { 64 } else { 2 };
-        if batch == 0 || dtype != Dtype::F32 && batch > 64 || launches > most {
-            return Ok(false);
-        }
-        let each = batch.div_ceil(launches);
-        let kernels = self.kernels.packed(self.family)?;
-        let programmatic = programmatic(&self.kernels);
-        let shape = LaunchShape::of(self.family, self.geometry, &self.kernels, each, parts, programmatic);
-        let Some(shape) = shape else { return Ok(false) };
+        let programmatic = programmatic(self.kernels);
+        let Some((shape, function)) = shape(each, parts, programmatic) else { return Ok(false) };
         let stream = self.device.cuda_stream();
-        self.kernels.scratch.product(&self.device, shape.partial, |partial, arrived| {
+        self.kernels.scratch.product(self.device, shape.partial, |partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
-            let scale = self.row_scale.as_ref().map(|scale| scale.device_ptr(&stream));
+            let scale = self.row_scale.map(|scale| scale.device_ptr(&stream));
             let row_scale = scale.as_ref().map_or(0, |(pointer, _)| *pointer);
             let (x, _x) = x.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
@@ -76,7 +103,7 @@ impl Packed {
             let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
             for first in (0..batch).step_by(each) {
                 let count = each.min(batch - first);
-                let argument = Product {
+                let product = Product {
                     weights,
                     overflow,
                     row_scale,
@@ -99,9 +126,35 @@ impl Packed {
                     keep: shape.keep as i32,
                 };
                 // SAFETY: memory of the sizes that the kernel expects, checked above and by `shape`.
-                unsafe { launch(&stream, &kernels.products[shape.kernel].0, &shape, &argument, programmatic)? };
+                unsafe { launch(&stream, function, &shape, &argument(product), programmatic)? };
             }
             Ok(true)
         })
+    }
+}
+
+impl Packed {
+    /// What [`super::packed::Fused::product`] says.
+    pub(super) fn multiply(
+        &self,
+        x: &CudaView<u8>,
+        y: &mut CudaViewMut<u8>,
+        batch: usize,
+        dtype: Dtype,
+    ) -> Result<bool> {
+        // Decoded F32 weights would take twice the memory of others.
+        let most = if dtype == Dtype::F32 { 64 } else { 2 };
+        let Some(each) = rows_each(batch, dtype, 64, most).filter(|_| dtype == Dtype::F32 || batch <= 64) else {
+            return Ok(false);
+        };
+        let Packed { kernels, device, family, geometry, weights, overflow, row_scale } = self;
+        let (functions, row_scale) = (kernels.packed(*family)?, row_scale.as_ref());
+        let factor = Factor { kernels, device, geometry: *geometry, weights, overflow, row_scale };
+        let shape = |batch, parts, programmatic| {
+            let shape = LaunchShape::of(*family, *geometry, kernels, batch, parts, programmatic)?;
+            Some((shape, functions.product(shape.kernel)?))
+        };
+        // SAFETY: the matrix was packed for these kernels, and `LaunchShape` computes what they ask for.
+        unsafe { factor.product((x, y), (batch, each), dtype, shape, |product| product) }
     }
 }

@@ -13,10 +13,11 @@ use super::dtype_of;
 use super::family::Family;
 use super::kernels::{Kernels, driver, no_room, out_of_memory};
 use super::memory::{Element, bytes_mut, contiguous, rows_within};
-use super::packed::Packed;
+use super::packed::{Fused, Packed};
 use super::packing::Scales;
+use super::pair::Pair;
 use super::scratch::WORKSPACE;
-use crate::codec::{Dtype, Geometry, Kind};
+use crate::codec::{Dtype, Geometry, Kind, Plan};
 use crate::matrix::{GpuLayout, Weight};
 use crate::{Error, Result};
 
@@ -30,8 +31,45 @@ pub struct CudaWeight {
 /// What is kept of it.
 #[derive(Debug)]
 pub(super) enum Kept {
-    Stream(DeviceStream),
-    Packed(Packed),
+    /// The stream as it is at rest.
+    Stream(Box<DeviceStream>),
+    /// A layout that fused kernels multiply with.
+    Fused(Box<dyn Fused>),
+}
+
+/// A layout that a matrix may be made into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Packed(Family),
+    Pair,
+}
+
+impl Form {
+    /// What to try for a layout, the best first.
+    fn of(layout: GpuLayout, plan: &Plan) -> &'static [Form] {
+        const FIXED: Form = Form::Packed(Family::Fixed);
+        const INT8: Form = Form::Packed(Family::Int8);
+        match (layout, plan.kind) {
+            (GpuLayout::Fixed, _) if plan.exact_in_bf16() => &[FIXED],
+            (GpuLayout::Pair, _) if plan.exact_in_bf16() => &[Form::Pair],
+            (GpuLayout::Integers | GpuLayout::Auto, Kind::Rate) => {
+                &[Form::Packed(Family::Int4), Form::Packed(Family::Int5), INT8]
+            }
+            (GpuLayout::Integers, Kind::Int8) => &[INT8],
+            (GpuLayout::Auto, Kind::Int8) if plan.quantised() => &[INT8],
+            (GpuLayout::Auto, Kind::Int8) => &[INT8, FIXED],
+            (GpuLayout::Auto, _) if plan.exact_in_bf16() => &[FIXED],
+            _ => &[],
+        }
+    }
+
+    /// Makes it of a stream; `None` if it does not suit the weights.
+    fn make(self, stream: &DeviceStream, scales: &Scales) -> Result<Option<Box<dyn Fused>>> {
+        Ok(match self {
+            Form::Packed(family) => Packed::new(stream, family, scales.factors())?.map(|packed| Box::new(packed) as _),
+            Form::Pair => Pair::new(stream)?.map(|pair| Box::new(pair) as _),
+        })
+    }
 }
 
 impl CudaWeight {
@@ -54,26 +92,23 @@ impl CudaWeight {
             other => other,
         };
         let scales = Scales::of(plan, matrix.geometry(), matrix.stream().scales());
-        let families: &[Family] = match (layout, plan.kind) {
-            (GpuLayout::Dense, _) => return Err(Error::Invalid("plain weights are no compressed matrix".into())),
-            (GpuLayout::Fixed, _) if plan.exact_in_bf16() => &[Family::Fixed],
-            (GpuLayout::Integers | GpuLayout::Auto, Kind::Rate) => &[Family::Int4, Family::Int5, Family::Int8],
-            (GpuLayout::Integers, Kind::Int8) => &[Family::Int8],
-            (GpuLayout::Auto, Kind::Int8) if plan.quantised() => &[Family::Int8],
-            (GpuLayout::Auto, Kind::Int8) => &[Family::Int8, Family::Fixed],
-            (GpuLayout::Auto, _) if plan.exact_in_bf16() => &[Family::Fixed],
-            _ => &[],
-        };
-        for &family in families {
-            if let Some(packed) = Packed::new(&stream, family, scales.factors()).map_err(place)? {
-                return Ok(CudaWeight { kept: Kept::Packed(packed), dtype });
+        if layout == GpuLayout::Dense {
+            return Err(Error::Invalid("plain weights are no compressed matrix".into()));
+        }
+        let forms = Form::of(layout, plan);
+        for form in forms {
+            if let Some(fused) = form.make(&stream, &scales).map_err(place)? {
+                return Ok(CudaWeight { kept: Kept::Fused(fused), dtype });
             }
         }
-        if matches!(layout, GpuLayout::Fixed | GpuLayout::Integers) {
-            let why = match (families.is_empty(), layout) {
+        if matches!(layout, GpuLayout::Fixed | GpuLayout::Pair | GpuLayout::Integers) {
+            let why = match (forms.is_empty(), layout) {
+                (false, GpuLayout::Pair) => {
+                    "its exponents are too many for a code of eight bits, or its stages too long for this GPU's shared memory"
+                }
                 (false, _) => "too many weights lie outside of what it can express",
-                (_, GpuLayout::Fixed) => "its weights are no BF16 numbers",
-                _ => "its weights are no small integers",
+                (_, GpuLayout::Integers) => "its weights are no small integers",
+                _ => "its weights are no BF16 numbers",
             };
             let (kind, layout) = (plan.kind.name(), layout.name());
             return Err(Error::Unsupported(format!(
@@ -81,14 +116,14 @@ impl CudaWeight {
             )));
         }
         stream.decode_once().map_err(place)?;
-        Ok(CudaWeight { kept: Kept::Stream(stream), dtype })
+        Ok(CudaWeight { kept: Kept::Stream(Box::new(stream)), dtype })
     }
 
     /// The shape of the matrix.
     pub fn geometry(&self) -> Geometry {
         match &self.kept {
             Kept::Stream(stream) => stream.geometry(),
-            Kept::Packed(packed) => packed.geometry(),
+            Kept::Fused(fused) => fused.geometry(),
         }
     }
 
@@ -101,14 +136,14 @@ impl CudaWeight {
     pub fn device(&self) -> &CudaDevice {
         match &self.kept {
             Kept::Stream(stream) => stream.device(),
-            Kept::Packed(packed) => packed.device(),
+            Kept::Fused(fused) => fused.device(),
         }
     }
 
     pub(super) fn kernels(&self) -> &Kernels {
         match &self.kept {
             Kept::Stream(stream) => stream.kernels(),
-            Kept::Packed(packed) => packed.kernels(),
+            Kept::Fused(fused) => fused.kernels(),
         }
     }
 
@@ -116,10 +151,7 @@ impl CudaWeight {
     pub fn layout(&self) -> GpuLayout {
         match &self.kept {
             Kept::Stream(_) => GpuLayout::Rans,
-            Kept::Packed(packed) => match packed.family() {
-                Family::Fixed => GpuLayout::Fixed,
-                Family::Int8 | Family::Int5 | Family::Int4 => GpuLayout::Integers,
-            },
+            Kept::Fused(fused) => fused.layout(),
         }
     }
 
@@ -127,7 +159,7 @@ impl CudaWeight {
     pub fn stored_bytes(&self) -> usize {
         match &self.kept {
             Kept::Stream(stream) => stream.stored_bytes(),
-            Kept::Packed(packed) => packed.stored_bytes(),
+            Kept::Fused(fused) => fused.stored_bytes(),
         }
     }
 
@@ -140,24 +172,24 @@ impl CudaWeight {
         memory: &mut CudaViewMut<u8>,
         factors: bool,
     ) -> Result<()> {
-        let packed = match &self.kept {
+        let fused = match &self.kept {
             Kept::Stream(stream) if factors => return stream.decode_factors(rows, dtype, memory),
             Kept::Stream(stream) => return stream.decode_rows(rows, dtype, memory),
-            Kept::Packed(packed) => packed,
+            Kept::Fused(fused) => fused,
         };
-        if packed.decodes_to(dtype) {
-            return packed.decode_rows(rows, dtype, memory);
+        if fused.decodes_to(dtype) {
+            return fused.decode_rows(rows, dtype, memory);
         }
         let values = rows.len() * self.geometry().cols;
         let (mut out, mut aside) = memory.split_at_mut(values * dtype.size());
-        packed.decode_rows(rows, Dtype::Bf16, &mut aside)?;
+        fused.decode_rows(rows, Dtype::Bf16, &mut aside)?;
         self.convert(&aside.as_view(), Dtype::Bf16, &mut out, values, dtype)
     }
 
     /// Bytes that [`CudaWeight::decode_block`] needs for a weight.
     pub(super) fn room(&self, dtype: Dtype) -> usize {
         match &self.kept {
-            Kept::Packed(packed) if !packed.decodes_to(dtype) => dtype.size() + 2,
+            Kept::Fused(fused) if !fused.decodes_to(dtype) => dtype.size() + 2,
             _ => dtype.size(),
         }
     }
@@ -244,13 +276,13 @@ impl CudaWeight {
         let mut out = self.alloc::<T>(values, "embeddings")?;
         match &self.kept {
             Kept::Stream(stream) => stream.decode_ids(ids, T::DTYPE, &mut bytes_mut(&mut out)?)?,
-            Kept::Packed(packed) if T::DTYPE == packed.ids_dtype() && T::DTYPE == self.dtype => {
-                packed.decode_ids(ids, &mut bytes_mut(&mut out)?)?;
+            Kept::Fused(fused) if T::DTYPE == fused.ids_dtype() && T::DTYPE == self.dtype => {
+                fused.decode_ids(ids, &mut bytes_mut(&mut out)?)?;
             }
-            Kept::Packed(packed) => {
-                let from = packed.ids_dtype();
+            Kept::Fused(fused) => {
+                let from = fused.ids_dtype();
                 self.kernels().scratch.workspace(self.device(), from.size() * values, |aside| {
-                    packed.decode_ids(ids, &mut aside.as_view_mut())?;
+                    fused.decode_ids(ids, &mut aside.as_view_mut())?;
                     self.convert(&aside.as_view(), from, &mut bytes_mut(&mut out)?, values, T::DTYPE)
                 })?;
             }

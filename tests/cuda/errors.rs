@@ -6,7 +6,7 @@ use candle_taper::nn::{CompressedEmbedding, CompressedLinear};
 use candle_taper::{Codec, Dtype, Options};
 
 use crate::common::Shape;
-use crate::products::matrix;
+use crate::products::{LAYOUTS, matrix};
 use crate::{cuda, gpu, whole_gpu};
 
 #[track_caller]
@@ -21,8 +21,10 @@ fn wrong_devices_shapes_and_dtypes_are_named() {
     let Some(device) = gpu() else { return };
     let w = matrix(Shape::Gaussian, Dtype::Bf16, 64, 96, &Options::default());
     let f32s = matrix(Shape::Gaussian, Dtype::F32, 64, 96, &Options::default());
-    refused(CompressedLinear::on(f32s.weight, None, &device, GpuLayout::Fixed), &["f32", "fixed"]);
-    for layout in [GpuLayout::Fixed, GpuLayout::Rans] {
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair] {
+        refused(CompressedLinear::on(f32s.weight.clone(), None, &device, layout), &["f32", layout.name()]);
+    }
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let zeros = |shape: &[usize], dtype, device: &Device| Tensor::zeros(shape, dtype, device).unwrap();
         refused(layer.forward(&zeros(&[3, 95], DType::F32, &device)), &["[3, 95]", "[64, 96]"]);
@@ -71,7 +73,7 @@ fn embeddings_equal_the_cpus_and_refuse_foreign_ids() {
     let ids = Tensor::new(&[[0u32, 299, 64], [63, 5, 5]], &Device::Cpu).unwrap();
     for dtype in [DType::BF16, DType::F16, DType::F32] {
         let expected = CompressedEmbedding::new(w.weight.clone(), dtype).forward(&ids).unwrap();
-        for layout in [GpuLayout::Fixed, GpuLayout::Rans, GpuLayout::Dense] {
+        for layout in LAYOUTS {
             let table = CompressedEmbedding::on(w.weight.clone(), dtype, &device, layout).unwrap();
             for ids in [&ids, &ids.to_device(&device).unwrap()] {
                 let rows = table.forward(ids).unwrap();
@@ -102,7 +104,7 @@ fn a_full_gpu_is_an_error_and_loading_works_afterwards() {
             Err(_) => piece /= 2,
         }
     }
-    for layout in [GpuLayout::Fixed, GpuLayout::Rans] {
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
         refused(CompressedLinear::on(w.weight.clone(), None, &device, layout), &["no room"]);
     }
     drop(hoard);

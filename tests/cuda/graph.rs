@@ -22,7 +22,7 @@ fn products_are_captured_and_replayed() {
     let Some(device) = whole_gpu() else { return };
     let up = matrix(Shape::Scaled, Dtype::Bf16, 1536, 1024, &Options::default());
     let down = matrix(Shape::StudentT, Dtype::Bf16, 1024, 1536, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Rans] {
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
         for m in [1, 8, 40] {
             for programmatic in [true, false] {
                 set_programmatic_launch(programmatic);
@@ -66,7 +66,7 @@ fn products_are_captured_and_replayed() {
 fn a_layer_runs_in_other_threads() {
     let Some(device) = gpu() else { return };
     let w = matrix(Shape::Scaled, Dtype::Bf16, 700, 1300, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Rans] {
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let run = |m: usize| {
             let x = Tensor::from_vec(activations(m, 1300, 4), (m, 1300), &Device::Cpu).unwrap();
@@ -77,7 +77,7 @@ fn a_layer_runs_in_other_threads() {
             std::thread::scope(|scope| scope.spawn(|| assert!([run(2), run(80)] == expected, "{layout:?}")).join())
                 .unwrap();
         }
-        if layout == GpuLayout::Fixed {
+        if layout != GpuLayout::Rans {
             std::thread::scope(|scope| {
                 for _ in 0..4 {
                     scope.spawn(|| (0..50).for_each(|_| assert!(run(2) == expected[0])));

@@ -242,7 +242,7 @@ pub struct GenerateArgs {
     /// Where to run: cpu, cuda or cuda:N [default: the first GPU in builds with --features cuda, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
-    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, integers, rans or dense
+    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, pair, integers, rans or dense
     #[arg(long, value_name = "LAYOUT", default_value = "auto", value_parser = crate::device::layout)]
     pub layout: GpuLayout,
     /// Compute all positions again for each token

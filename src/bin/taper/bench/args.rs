@@ -51,7 +51,7 @@ pub struct BenchArgs {
     /// Where to run: cpu, cuda or cuda:N (builds with --features cuda)
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceName,
-    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, integers, rans, dense; each coding in each layout
+    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, pair, integers, rans, dense; each coding in each layout
     #[arg(long, value_name = "LAYOUT", value_delimiter = ',', default_value = "auto", value_parser = crate::device::layout)]
     pub layout: Vec<GpuLayout>,
     /// On a GPU, let no kernel start before the one that it follows has ended
