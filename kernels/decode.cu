@@ -1,58 +1,51 @@
 // Tile streams to memory: whole rows of a matrix, or the rows of an embedding's table that ids ask for.
 //
-// A block takes one tile, each of its four warps one band (64 rows). Shared memory: the decode table (16 KB, rANS only),
-// scratch, and a buffer for each warp (0, 8 or 16 KB, see `buffer_bytes`). This is the readable reference: everything
-// about a matrix is decided at run time, by branches that all threads take alike.
-#include "tile_stream.cuh"
+// A block takes one tile, each of its four warps one band (64 rows). This is the readable reference: everything about a
+// matrix is decided at run time, by branches that all threads take alike; what BF16 matrices usually are has kernels in
+// which most of them fall away.
+#include "tile_block.cuh"
 
 namespace {
 
 using namespace taper;
 
-constexpr uint32_t WARPS = 4;
-
-struct Shared {
-    uint32_t *table;
-    uint8_t *map;
-    uint8_t *buffer;
-};
-
-// Divides the block's shared memory and fills what all warps use. Mirrors `cuda::decode::shared_bytes`.
-__device__ Shared prepare(const Plan &plan, Bytes stream) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    uint32_t *starts = (uint32_t *)shared; // 257 words
-    uint8_t *map = shared + 1040;          // 16 bytes in 4 banks: look-ups do not conflict
-    uint32_t *table = (uint32_t *)(shared + 1056);
-    uint8_t *buffers = shared + 1056 + (has_table(plan) ? 4 * SLOTS : 0);
-    if (threadIdx.x < 16) map[threadIdx.x] = plan.map[threadIdx.x];
-    if (has_table(plan)) build_table(stream, table, starts);
-    __syncthreads();
-    return {table, map, buffers + threadIdx.x / 32 * buffer_bytes(plan)};
+template <class P>
+__device__ void decode_rows(const uint8_t *bytes, const P &plan, uint32_t first, uint32_t rows, uint8_t *out, uint64_t stride,
+                            uint32_t *status) {
+    const Bytes stream = {bytes, plan.total};
+    const TileBlock block(plan, stream);
+    const uint32_t tile_row = first / TILE + blockIdx.y, band = threadIdx.x / 32;
+    const uint32_t row = tile_row * TILE + band * BAND_ROWS, last = first + rows;
+    if (row >= min(last, plan.rows) || row + BAND_ROWS <= first) return;
+    const uint32_t from = max(row, first) - row, to = min(row + BAND_ROWS, last) - row;
+    const uint32_t left = blockIdx.x * TILE;
+    uint8_t *line = out + (uint64_t)(row + from - first) * stride + (uint64_t)left * dtype_bytes(plan.out);
+    ToRows<P> sink = {plan, line, stride, from, to, min(TILE, plan.cols - left)};
+    decode_band(plan, stream, block.table, block.map, block.buffer, tile_row * plan.tile_cols + blockIdx.x, band, sink, status);
 }
 
 } // namespace
 
 // Rows [first, first + rows) to `out`, `stride` bytes apart. Grid: tile columns, tile rows that the range touches.
-extern "C" __global__ void __launch_bounds__(128) taper_decode_rows(const uint8_t *bytes, Plan plan, uint32_t first,
+extern "C" __global__ void __launch_bounds__(128) taper_decode_rows(const uint8_t *bytes, const __grid_constant__ Plan plan, uint32_t first,
                                                                     uint32_t rows, uint8_t *out, uint64_t stride,
                                                                     uint32_t *status) {
-    const Bytes stream = {bytes, plan.total};
-    const Shared shared = prepare(plan, stream);
-    const uint32_t tile_row = first / TILE + blockIdx.y, band = threadIdx.x / 32;
-    const uint32_t row = tile_row * TILE + band * BAND_ROWS, last = first + rows;
-    if (row >= min(last, plan.rows) || row + BAND_ROWS <= first) return;
-    const uint32_t from = max(row, first) - row, to = min(row + BAND_ROWS, last) - row;
-    uint8_t *line = out + (uint64_t)(row + from - first) * stride + (uint64_t)blockIdx.x * TILE * dtype_bytes(plan.out);
-    decode_band(plan, stream, shared.table, shared.map, shared.buffer, tile_row * plan.tile_cols + blockIdx.x, band,
-                {line, stride, from, to}, status);
+    decode_rows(bytes, plan, first, rows, out, stride, status);
+}
+
+// The same for what `Bf16Rans` says, to BF16.
+extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16> plan,
+                                                                         uint32_t first, uint32_t rows, uint8_t *out,
+                                                                         uint64_t stride, uint32_t *status) {
+    decode_rows(bytes, plan, first, rows, out, stride, status);
 }
 
 // Row `ids[i]` to row `i` of `out`. Grid: tile columns, ids in fours. An id outside the table gives zeros.
-extern "C" __global__ void __launch_bounds__(128) taper_decode_ids(const uint8_t *bytes, Plan plan, const uint32_t *ids,
+extern "C" __global__ void __launch_bounds__(128) taper_decode_ids(const uint8_t *bytes, const __grid_constant__ Plan plan, const uint32_t *ids,
                                                                    uint32_t count, uint8_t *out, uint64_t stride,
                                                                    uint32_t *status) {
     const Bytes stream = {bytes, plan.total};
-    const Shared shared = prepare(plan, stream);
+    const TileBlock block(plan, stream);
     const uint32_t i = WARPS * blockIdx.y + threadIdx.x / 32;
     if (i >= count) return;
     const uint32_t id = ids[i], size = dtype_bytes(plan.out);
@@ -62,8 +55,9 @@ extern "C" __global__ void __launch_bounds__(128) taper_decode_ids(const uint8_t
         for (uint32_t b = threadIdx.x % 32; b < bytes; b += 32) line[b] = 0;
         return;
     }
-    decode_band(plan, stream, shared.table, shared.map, shared.buffer, id / TILE * plan.tile_cols + blockIdx.x,
-                id % TILE / BAND_ROWS, {line, stride, id % BAND_ROWS, id % BAND_ROWS + 1}, status);
+    ToRows<Plan> sink = {plan, line, stride, id % BAND_ROWS, id % BAND_ROWS + 1, min(TILE, plan.cols - blockIdx.x * TILE)};
+    decode_band(plan, stream, block.table, block.map, block.buffer, id / TILE * plan.tile_cols + blockIdx.x,
+                id % TILE / BAND_ROWS, sink, status);
 }
 
 // Values of dtype `from` to `to`, by way of `own`: rounded to that first.

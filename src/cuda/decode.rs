@@ -7,17 +7,17 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchConfig, PushKernelArg};
 
 use super::kernels::{Kernels, driver};
 use super::memory::rows_within;
+use super::plan::{AS_STORED, INTEGERS, Plan, UNROUNDED};
 use super::scratch::WORKSPACE;
 use super::upload::upload;
 use crate::codec::band::{ESCAPE_COUNT, UNFINISHED};
 use crate::codec::geometry::BAND_WEIGHTS;
 use crate::codec::{Coding, Dtype, Geometry, Kind, TILE};
 use crate::format::TileStream;
-use crate::format::header::{HEADER_BYTES, RECORD_BYTES, TABLE_BYTES};
 use crate::{Error, Result};
 
 /// Threads of a block: a warp for each band of a tile.
@@ -25,36 +25,10 @@ const THREADS: u32 = 128;
 /// Bytes that all warps of a block share: scratch, the class map, and with rANS the decode table.
 const SCRATCH: usize = 1056;
 const TABLE: usize = 4 * 4096;
-/// What quantised weights become: `Form` in `kernels/tile_stream.cuh`.
-const UNROUNDED: u32 = 1;
-const INTEGERS: u32 = 2;
+/// The symbols of the weights that a warp decodes at a time.
+const GROUP: usize = 256;
 /// The status of a stream without damage.
 const FINE: u32 = u32::MAX;
-
-/// How a matrix is coded: the struct of that name in `kernels/tile_stream.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-struct Plan {
-    total: u64,
-    scales: u64,
-    rows: u32,
-    cols: u32,
-    tile_cols: u32,
-    kind: u8,
-    dtype: u8,
-    class_bits: u8,
-    coding: u8,
-    raw_bits: u8,
-    scale: u8,
-    escape: u8,
-    out: u8,
-    map: [u8; 16],
-    form: u32,
-}
-
-// SAFETY: plain numbers in C's layout, without padding.
-unsafe impl DeviceRepr for Plan {}
-const _: () = assert!(size_of::<Plan>() == 56);
 
 /// A tile stream in a GPU's memory.
 pub struct DeviceStream {
@@ -66,12 +40,15 @@ pub struct DeviceStream {
     plan: Plan,
     dtype: Dtype,
     geometry: Geometry,
+    /// Whether it is what `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
+    usual: bool,
+    /// Bytes of shared memory that decoding takes.
     shared: u32,
 }
 
 impl fmt::Debug for DeviceStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DeviceStream({}x{}, {} bytes)", self.geometry.rows, self.geometry.cols, self.plan.total)
+        write!(f, "DeviceStream({}x{}, {} bytes)", self.geometry.rows, self.geometry.cols, self.plan.total())
     }
 }
 
@@ -84,13 +61,10 @@ impl DeviceStream {
     pub fn new(device: &CudaDevice, stream: &TileStream) -> Result<DeviceStream> {
         let kernels = Kernels::of(device)?;
         let (plan, geometry) = (stream.plan(), stream.geometry());
-        let records = RECORD_BYTES * geometry.tiles();
-        let buffer = match (plan.kind, plan.class_bits, plan.coding) {
-            (Kind::Int8, ..) | (_, 8, _) => BAND_WEIGHTS,
-            (_, _, Coding::Rans) => BAND_WEIGHTS / 2,
-            _ => 0,
-        };
-        let table = if plan.coding == Coding::Rans { TABLE } else { 0 };
+        let rans = plan.coding == Coding::Rans;
+        // Mirrors `buffer_bytes` in `kernels/tile_stream.cuh`.
+        let buffer = if rans { GROUP } else { 0 } + if plan.kind == Kind::Int8 { BAND_WEIGHTS } else { 0 };
+        let table = if rans { TABLE } else { 0 };
         let bytes = upload(device, &kernels, stream.bytes())?;
         let status = driver(device.cuda_stream().clone_htod(&[FINE]))?;
         Ok(DeviceStream {
@@ -98,23 +72,8 @@ impl DeviceStream {
             kernels,
             bytes,
             status,
-            plan: Plan {
-                total: stream.total_bytes() as u64,
-                scales: (HEADER_BYTES + TABLE_BYTES + records) as u64,
-                rows: geometry.rows as u32,
-                cols: geometry.cols as u32,
-                tile_cols: geometry.tile_cols() as u32,
-                kind: plan.kind as u8,
-                dtype: plan.dtype as u8,
-                class_bits: plan.class_bits as u8,
-                coding: plan.coding as u8,
-                raw_bits: plan.raw_bits as u8,
-                scale: plan.scale as u8,
-                escape: plan.escape_class().unwrap_or(u8::MAX),
-                out: plan.dtype as u8,
-                map: plan.map.values,
-                form: 0,
-            },
+            plan: Plan::of(stream),
+            usual: Plan::usual(plan),
             dtype: plan.dtype,
             geometry,
             shared: (SCRATCH + table + 4 * buffer) as u32,
@@ -141,6 +100,26 @@ impl DeviceStream {
         self.bytes.len()
     }
 
+    pub(super) fn bytes(&self) -> &CudaSlice<u8> {
+        &self.bytes
+    }
+
+    pub(super) fn status(&self) -> &CudaSlice<u32> {
+        &self.status
+    }
+
+    pub(super) fn plan(&self) -> Plan {
+        self.plan
+    }
+
+    pub(super) fn usual(&self) -> bool {
+        self.usual
+    }
+
+    pub(super) fn shared(&self) -> u32 {
+        self.shared
+    }
+
     pub(super) fn kernels(&self) -> &Arc<Kernels> {
         &self.kernels
     }
@@ -152,21 +131,39 @@ impl DeviceStream {
     /// If the range is not within the matrix, `out` is too small, or the launch fails. What the decoder meets is told by
     /// [`DeviceStream::check`].
     pub fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
-        self.decode(rows, Plan { out: dtype as u8, ..self.plan }, dtype, out)
+        self.decode(&self.device.cuda_stream(), rows, self.plan.to(dtype, AS_STORED), dtype, out)
     }
 
     /// As [`DeviceStream::decode_rows`], but quantised weights are rounded once, from `f32`, as products take them.
     pub(super) fn decode_factors(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
-        self.decode(rows, Plan { out: dtype as u8, form: UNROUNDED, ..self.plan }, dtype, out)
+        self.decode(&self.device.cuda_stream(), rows, self.plan.to(dtype, UNROUNDED), dtype, out)
     }
 
     /// As [`DeviceStream::decode_rows`], but the integers of quantised weights, in BF16; escapes are divided by their scale.
     pub(super) fn decode_integers(&self, rows: Range<usize>, out: &mut CudaViewMut<u8>) -> Result<()> {
         let dtype = Dtype::Bf16;
-        self.decode(rows, Plan { out: dtype as u8, form: INTEGERS, ..self.plan }, dtype, out)
+        self.decode(&self.device.cuda_stream(), rows, self.plan.to(dtype, INTEGERS), dtype, out)
     }
 
-    fn decode(&self, rows: Range<usize>, plan: Plan, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
+    /// As [`DeviceStream::decode_rows`], on another stream than the device's.
+    pub(super) fn decode_rows_on(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: Range<usize>,
+        dtype: Dtype,
+        out: &mut CudaViewMut<u8>,
+    ) -> Result<()> {
+        self.decode(stream, rows, self.plan.to(dtype, AS_STORED), dtype, out)
+    }
+
+    fn decode(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: Range<usize>,
+        plan: Plan,
+        dtype: Dtype,
+        out: &mut CudaViewMut<u8>,
+    ) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
         if rows.start > rows.end || rows.end > height {
             return Err(Error::Invalid(format!("rows {rows:?} of a matrix with {height} rows")));
@@ -183,9 +180,10 @@ impl DeviceStream {
             let (from, to) = (rows.start.max(top), rows.end.min(top + most * TILE));
             let mut part = out.slice_mut((from - rows.start) * stride..(to - rows.start) * stride);
             let config = self.config(cols.div_ceil(TILE), most.min(tiles - start));
-            let (from, count, stride, stream) =
-                (from as u32, (to - from) as u32, stride as u64, self.device.cuda_stream());
-            let mut launch = stream.launch_builder(&self.kernels.decode_rows);
+            let (from, count, stride) = (from as u32, (to - from) as u32, stride as u64);
+            let usual = self.usual && dtype == Dtype::Bf16;
+            let kernel = if usual { &self.kernels.decode_rows_bf16 } else { &self.kernels.decode_rows };
+            let mut launch = stream.launch_builder(kernel);
             launch.arg(&self.bytes).arg(&plan).arg(&from).arg(&count).arg(&mut part).arg(&stride).arg(&self.status);
             // SAFETY: arguments as the kernel declares them; it reads within `plan.total` bytes, and writes `count` rows of
             // `stride` bytes, which `part` has. The status word is written by atomic operations only.
@@ -201,7 +199,7 @@ impl DeviceStream {
     /// If `out` is too small or the launch fails.
     pub fn decode_ids(&self, ids: &CudaView<u32>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
         let stride = self.stride(ids.len(), dtype, out.len())?;
-        let plan = Plan { out: dtype as u8, ..self.plan };
+        let plan = self.plan.to(dtype, AS_STORED);
         // In launches of at most 65,535 blocks of four ids.
         let most = 4 * 65_535;
         for start in (0..ids.len()).step_by(most) {

@@ -12,6 +12,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
 use super::family::{Family, PackedKernels};
+use super::layers::SideStreams;
 use super::pair::PairKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
@@ -25,7 +26,10 @@ mod image {
 /// Kernels of one GPU, and what its weights share.
 pub(super) struct Kernels {
     pub decode_rows: CudaFunction,
+    pub decode_rows_bf16: CudaFunction,
     pub decode_ids: CudaFunction,
+    pub hybrid: CudaFunction,
+    pub hybrid_bf16: CudaFunction,
     pub convert: CudaFunction,
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
@@ -34,6 +38,8 @@ pub(super) struct Kernels {
     /// Pinned memory for uploads.
     pub staging: Mutex<Option<Staging>>,
     pub scratch: Scratch,
+    /// For matrices that are decoded at once.
+    pub side: Mutex<Option<SideStreams>>,
     /// Multiprocessors of the GPU.
     pub processors: usize,
     /// True from compute capability 9.0 on, where a kernel may start before the one that it follows has ended.
@@ -81,7 +87,7 @@ impl Kernels {
         let processors = property(Property::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared = property(Property::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
-        let (decode, repair) = (module(image::DECODE)?, module(image::REPAIR)?);
+        let (decode, repair, hybrid) = (module(image::DECODE)?, module(image::REPAIR)?, module(image::HYBRID)?);
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
         let packed = Family::ALL.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
@@ -89,7 +95,10 @@ impl Kernels {
         });
         Ok(Kernels {
             decode_rows: function(&decode, "taper_decode_rows", shared)?.0,
+            decode_rows_bf16: function(&decode, "taper_decode_rows_bf16", shared)?.0,
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
+            hybrid: function(&hybrid, "hybrid_product", shared)?.0,
+            hybrid_bf16: function(&hybrid, "hybrid_product_bf16", shared)?.0,
             convert: function(&decode, "taper_convert", 0)?.0,
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,
@@ -97,6 +106,7 @@ impl Kernels {
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
+            side: Mutex::new(None),
             processors: processors as usize,
             programmatic: capability >= (9, 0),
             context,

@@ -22,9 +22,12 @@
 mod bandwidth;
 mod decode;
 mod family;
+mod form;
 mod gemm;
+mod hybrid;
 mod kernels;
 mod launch;
+mod layers;
 mod memory;
 mod multiply;
 mod packed;
@@ -32,6 +35,7 @@ mod packing;
 mod pair;
 mod pair_code;
 mod pair_packing;
+mod plan;
 mod product;
 mod scratch;
 mod upload;
@@ -40,6 +44,7 @@ mod weight;
 pub use bandwidth::GpuTimer;
 pub use decode::DeviceStream;
 pub use launch::set_programmatic_launch;
+pub use layers::decode_layers;
 pub use weight::CudaWeight;
 
 use candle_core::DType;

@@ -76,10 +76,9 @@ impl CudaWeight {
         let mut y = self.alloc::<T>(m * outer, "a result")?;
         if m > 0 {
             let fused = match (&self.kept, direction) {
-                (Kept::Fused(fused), Direction::Forward) => {
-                    fused.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?
-                }
-                _ => false,
+                (_, Direction::Backward) => false,
+                (Kept::Fused(fused), _) => fused.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?,
+                (Kept::Stream(stream), _) => stream.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?,
             };
             match direction {
                 _ if fused => {}

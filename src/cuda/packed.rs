@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchConfig, PushKernelArg};
 
 use super::family::{Family, TILE_ROWS, stages};
 use super::kernels::{Kernels, driver};
@@ -45,8 +45,14 @@ pub(super) trait Fused: fmt::Debug + Send + Sync {
     /// The dtypes that [`Fused::decode_rows`] writes: BF16 and perhaps another.
     fn decodes_to(&self, dtype: Dtype) -> bool;
 
-    /// Enqueues the decoding of rows, which start at a multiple of 16.
-    fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()>;
+    /// Enqueues the decoding of rows, which start at a multiple of 16, on a stream.
+    fn decode_rows(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: Range<usize>,
+        dtype: Dtype,
+        out: &mut CudaViewMut<u8>,
+    ) -> Result<()>;
 
     /// What [`Fused::decode_ids`] writes.
     fn ids_dtype(&self) -> Dtype;
@@ -94,7 +100,13 @@ impl Fused for Packed {
         dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16
     }
 
-    fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_rows(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: Range<usize>,
+        dtype: Dtype,
+        out: &mut CudaViewMut<u8>,
+    ) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
         whole_tiles(&rows, self.geometry, out.len())?;
         if !self.decodes_to(dtype) {
@@ -104,7 +116,6 @@ impl Fused for Packed {
         if blocks == 0 {
             return Ok(());
         }
-        let stream = self.device.cuda_stream();
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
         let (nothing, kind) = (0u64, i32::from(dtype == Dtype::F16));
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.decode);

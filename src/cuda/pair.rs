@@ -9,7 +9,8 @@ use std::sync::Arc;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr, LaunchConfig,
+    PushKernelArg,
 };
 
 use super::family::{TILE_ROWS, stages};
@@ -124,7 +125,13 @@ impl Fused for Pair {
         dtype == Dtype::Bf16
     }
 
-    fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_rows(
+        &self,
+        stream: &Arc<CudaStream>,
+        rows: Range<usize>,
+        dtype: Dtype,
+        out: &mut CudaViewMut<u8>,
+    ) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
         whole_tiles(&rows, self.geometry, out.len())?;
         if dtype != Dtype::Bf16 {
@@ -134,7 +141,6 @@ impl Fused for Pair {
         if count == 0 {
             return Ok(());
         }
-        let stream = self.device.cuda_stream();
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
         let config = self.config((count.min(4 * self.kernels.processors) as u32, 1, 1));
         let count = count as i32;

@@ -92,7 +92,7 @@ impl Factor<'_> {
         let programmatic = programmatic(self.kernels);
         let Some((shape, function)) = shape(each, parts, programmatic) else { return Ok(false) };
         let stream = self.device.cuda_stream();
-        self.kernels.scratch.product(self.device, shape.partial, |partial, arrived| {
+        self.kernels.scratch.product(self.device, shape.partial, 0, |partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let scale = self.row_scale.map(|scale| scale.device_ptr(&stream));

@@ -36,7 +36,7 @@ impl fmt::Debug for Scratch {
 struct State {
     workspaces: Vec<CudaSlice<u8>>,
     partials: Vec<CudaSlice<f32>>,
-    arrived: Option<CudaSlice<u32>>,
+    arrived: Vec<CudaSlice<u32>>,
 }
 
 impl Scratch {
@@ -66,21 +66,22 @@ impl Scratch {
         work(last(&mut state.workspaces, device, bytes, "a workspace")?)
     }
 
-    /// Calls `work`, which enqueues a product that needs `partial` floats, and words that are zero before and after it:
-    /// two for each multiprocessor.
+    /// Calls `work`, which enqueues a product that needs `partial` floats, and words that are zero before and after it: at
+    /// least `words`, and two for each multiprocessor.
     pub fn product<T>(
         &self,
         device: &CudaDevice,
         partial: usize,
+        words: usize,
         work: impl FnOnce(&mut CudaSlice<f32>, &mut CudaSlice<u32>) -> Result<T>,
     ) -> Result<T> {
         let state = self.state(device);
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { partials, arrived, .. } = &mut *state;
-        let arrived = match arrived {
-            Some(arrived) => arrived,
-            None => arrived.insert(device.alloc_zeros::<u32>(2 * self.processors)?),
-        };
+        if arrived.last().is_none_or(|held| held.len() < words) {
+            arrived.push(device.alloc_zeros::<u32>(words.next_power_of_two().max(2 * self.processors))?);
+        }
+        let arrived = arrived.last_mut().ok_or_else(|| Error::Invalid("no scratch memory".into()))?;
         work(last(partials, device, partial, "partial sums")?, arrived)
     }
 }

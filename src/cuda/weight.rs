@@ -2,22 +2,22 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
 use candle_core::{CudaDevice, CudaStorage, Layout};
-use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 
 use super::decode::DeviceStream;
 use super::dtype_of;
-use super::family::Family;
+use super::form::Form;
 use super::kernels::{Kernels, driver, no_room, out_of_memory};
 use super::memory::{Element, bytes_mut, contiguous, rows_within};
-use super::packed::{Fused, Packed};
+use super::packed::Fused;
 use super::packing::Scales;
-use super::pair::Pair;
 use super::scratch::WORKSPACE;
-use crate::codec::{Dtype, Geometry, Kind, Plan};
+use crate::codec::{Dtype, Geometry};
 use crate::matrix::{GpuLayout, Weight};
 use crate::{Error, Result};
 
@@ -35,41 +35,6 @@ pub(super) enum Kept {
     Stream(Box<DeviceStream>),
     /// A layout that fused kernels multiply with.
     Fused(Box<dyn Fused>),
-}
-
-/// A layout that a matrix may be made into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    Packed(Family),
-    Pair,
-}
-
-impl Form {
-    /// What to try for a layout, the best first.
-    fn of(layout: GpuLayout, plan: &Plan) -> &'static [Form] {
-        const FIXED: Form = Form::Packed(Family::Fixed);
-        const INT8: Form = Form::Packed(Family::Int8);
-        match (layout, plan.kind) {
-            (GpuLayout::Fixed, _) if plan.exact_in_bf16() => &[FIXED],
-            (GpuLayout::Pair, _) if plan.exact_in_bf16() => &[Form::Pair],
-            (GpuLayout::Integers | GpuLayout::Auto, Kind::Rate) => {
-                &[Form::Packed(Family::Int4), Form::Packed(Family::Int5), INT8]
-            }
-            (GpuLayout::Integers, Kind::Int8) => &[INT8],
-            (GpuLayout::Auto, Kind::Int8) if plan.quantised() => &[INT8],
-            (GpuLayout::Auto, Kind::Int8) => &[INT8, FIXED],
-            (GpuLayout::Auto, _) if plan.exact_in_bf16() => &[FIXED],
-            _ => &[],
-        }
-    }
-
-    /// Makes it of a stream; `None` if it does not suit the weights.
-    fn make(self, stream: &DeviceStream, scales: &Scales) -> Result<Option<Box<dyn Fused>>> {
-        Ok(match self {
-            Form::Packed(family) => Packed::new(stream, family, scales.factors())?.map(|packed| Box::new(packed) as _),
-            Form::Pair => Pair::new(stream)?.map(|pair| Box::new(pair) as _),
-        })
-    }
 }
 
 impl CudaWeight {
@@ -177,12 +142,13 @@ impl CudaWeight {
             Kept::Stream(stream) => return stream.decode_rows(rows, dtype, memory),
             Kept::Fused(fused) => fused,
         };
+        let stream = self.device().cuda_stream();
         if fused.decodes_to(dtype) {
-            return fused.decode_rows(rows, dtype, memory);
+            return fused.decode_rows(&stream, rows, dtype, memory);
         }
         let values = rows.len() * self.geometry().cols;
         let (mut out, mut aside) = memory.split_at_mut(values * dtype.size());
-        fused.decode_rows(rows, Dtype::Bf16, &mut aside)?;
+        fused.decode_rows(&stream, rows, Dtype::Bf16, &mut aside)?;
         self.convert(&aside.as_view(), Dtype::Bf16, &mut out, values, dtype)
     }
 
@@ -288,6 +254,18 @@ impl CudaWeight {
             }
         }
         Ok(CudaStorage::wrap_cuda_slice(out, self.device().clone()))
+    }
+
+    /// Enqueues the decoding of the whole matrix on a stream, as the tensor has it: false, with nothing done, if it takes more
+    /// than one step.
+    pub(super) fn decode_on(&self, stream: &Arc<CudaStream>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<bool> {
+        let rows = 0..self.geometry().rows;
+        match &self.kept {
+            Kept::Stream(kept) => kept.decode_rows_on(stream, rows, dtype, out)?,
+            Kept::Fused(fused) if fused.decodes_to(dtype) => fused.decode_rows(stream, rows, dtype, out)?,
+            Kept::Fused(_) => return Ok(false),
+        }
+        Ok(true)
     }
 
     /// Rows that are decoded at a time.

@@ -19,7 +19,7 @@ pub enum GpuLayout {
     Pair,
     /// Integers of 8, 5 or 4 bits with their scales, multiplied as they are: for INT8 and rate-coded matrices.
     Integers,
-    /// The stream as it is at rest. Products decode it first, all of it for each.
+    /// The stream as it is at rest: the least memory, and the slowest products, which decode all of it for each.
     Rans,
     /// Plain weights: what candle's own layers have.
     Dense,

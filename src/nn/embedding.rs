@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
 
-use super::{CompressedLinear, bytes_to_tensor, compress_tensor};
+use super::{CompressedLinear, compress_tensor};
 use crate::checkpoint::Checkpoint;
 use crate::codec::BAND_ROWS;
 use crate::matrix::{GpuLayout, Options, Weight};
-use crate::ops::CompressedMatmul;
+use crate::ops::{CompressedMatmul, bytes_to_tensor};
 
 /// Replaces [`candle_nn::Embedding`]: a table of shape `[vocabulary, hidden]` kept compressed. Only the strips of 64 rows
 /// that hold the ids asked for are decoded.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::{Device, Module, Result, Tensor, bail};
 use candle_nn::{Linear, VarBuilder};
 
-use super::{bytes_to_tensor, compress_tensor};
+use super::compress_tensor;
 use crate::checkpoint::Checkpoint;
 use crate::matrix::{GpuLayout, Options, Weight};
-use crate::ops::{CompressedMatmul, compressed_linear, compressed_linears};
+use crate::ops::{CompressedMatmul, bytes_to_tensor, compressed_linear, compressed_linears};
 
 /// Replaces [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` kept compressed.
 #[derive(Clone, Debug)]

@@ -35,18 +35,3 @@ fn compress_tensor(tensor: &Tensor, options: &Options) -> Result<Weight> {
     let weight = Weight::new(crate::matrix::compress(&bytes, dtype, rows, cols, options)?)?;
     Ok(weight.with_activations(options.activations))
 }
-
-/// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.
-fn bytes_to_tensor(bytes: &[u8], dtype: Dtype, shape: (usize, usize)) -> Result<Tensor> {
-    let candle = match dtype {
-        Dtype::Bf16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        Dtype::F32 => DType::F32,
-        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::I8 => {
-            let mut values = vec![0.0; shape.0 * shape.1];
-            crate::codec::quant::to_f32s(dtype, bytes, &mut values);
-            return Tensor::from_vec(values, shape, &Device::Cpu);
-        }
-    };
-    Tensor::from_raw_buffer(bytes, candle, &[shape.0, shape.1], &Device::Cpu)
-}

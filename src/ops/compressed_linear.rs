@@ -23,8 +23,8 @@ impl Executor for PoolExecutor {
 /// the activation is the product with the matrix itself; the matrix has none.
 #[derive(Clone, Debug)]
 pub struct CompressedMatmul {
-    weight: Weight,
-    place: Place,
+    pub(super) weight: Weight,
+    pub(super) place: Place,
 }
 
 impl CompressedMatmul {
@@ -71,7 +71,7 @@ impl CompressedMatmul {
 
     /// The weight on the GPU.
     #[cfg(feature = "cuda")]
-    fn on_gpu(&self) -> Result<&crate::cuda::CudaWeight> {
+    pub(super) fn on_gpu(&self) -> Result<&crate::cuda::CudaWeight> {
         match &self.place {
             Place::Cuda(weight) => Ok(weight),
             _ => bail!(

@@ -2,14 +2,34 @@
 //! activation, and a documented function that applies it.
 
 mod compressed_linear;
+mod decode_layers;
 mod kquant_linear;
 mod place;
 
 pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
 pub use kquant_linear::{KQuantMatmul, kquant_linear, kquant_linears};
 
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::codec::Dtype;
+
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
         candle_core::Error::wrap(error)
     }
+}
+
+/// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.
+pub(crate) fn bytes_to_tensor(bytes: &[u8], dtype: Dtype, shape: (usize, usize)) -> Result<Tensor> {
+    let candle = match dtype {
+        Dtype::Bf16 => DType::BF16,
+        Dtype::F16 => DType::F16,
+        Dtype::F32 => DType::F32,
+        Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::I8 => {
+            let mut values = vec![0.0; shape.0 * shape.1];
+            crate::codec::quant::to_f32s(dtype, bytes, &mut values);
+            return Tensor::from_vec(values, shape, &Device::Cpu);
+        }
+    };
+    Tensor::from_raw_buffer(bytes, candle, &[shape.0, shape.1], &Device::Cpu)
 }

@@ -7,6 +7,7 @@ mod corrupt;
 mod decode;
 mod errors;
 mod graph;
+mod layers;
 mod model;
 mod products;
 

@@ -1,0 +1,74 @@
+//! Products straight from tile streams: `kernels/hybrid.cu`, the reference of the fused ones.
+#![allow(unsafe_code)]
+
+use candle_core::cuda_backend::cudarc;
+use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg};
+
+use super::decode::DeviceStream;
+use super::kernels::driver;
+use super::plan::UNROUNDED;
+use crate::codec::{Dtype, Geometry, TILE};
+use crate::{Error, Result};
+
+/// Rows of activations that a launch takes. More are faster with decoded weights.
+const ROWS: usize = 8;
+/// Bytes of shared memory for decoded weights: 512 F32 values of each warp.
+const RINGS: usize = 4 * 512 * 4;
+
+/// What is multiplied: the struct of that name in `kernels/hybrid.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Activations {
+    x: u64,
+    y: u64,
+    partial: u64,
+    arrived: u64,
+    batch: u32,
+    dtype: u32,
+}
+
+// SAFETY: plain numbers in C's layout, without padding.
+unsafe impl DeviceRepr for Activations {}
+const _: () = assert!(size_of::<Activations>() == 40);
+
+impl DeviceStream {
+    /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`: false, with nothing done, if there are too many rows.
+    pub(super) fn product(
+        &self,
+        x: &CudaView<u8>,
+        y: &mut CudaViewMut<u8>,
+        batch: usize,
+        dtype: Dtype,
+    ) -> Result<bool> {
+        let (Geometry { rows, cols }, size) = (self.geometry(), dtype.size());
+        if batch * cols * size > x.len() || batch * rows * size > y.len() {
+            return Err(Error::Invalid("a product that does not fit into its memory".into()));
+        }
+        let (across, down) = (cols.div_ceil(TILE), rows.div_ceil(TILE));
+        let partial = across * batch * rows;
+        if batch > ROWS || down > 65_535 || 4 * partial > super::scratch::WORKSPACE {
+            return Ok(false);
+        }
+        let (kernels, stream) = (self.kernels(), self.device().cuda_stream());
+        let config = LaunchConfig {
+            grid_dim: (across as u32, down as u32, 1),
+            block_dim: (128, 1, 1),
+            shared_mem_bytes: self.shared() + (RINGS + 4 * TILE * batch) as u32,
+        };
+        let plan = self.plan().to(Dtype::F32, UNROUNDED);
+        let kernel = if self.usual() { &kernels.hybrid_bf16 } else { &kernels.hybrid };
+        kernels.scratch.product(self.device(), partial, down, |partial, arrived| {
+            let (x, _x) = x.device_ptr(&stream);
+            let (y, _y) = y.device_ptr_mut(&stream);
+            let (partial, _partial) = partial.device_ptr_mut(&stream);
+            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
+            let activations = Activations { x, y, partial, arrived, batch: batch as u32, dtype: dtype as u32 };
+            let mut launch = stream.launch_builder(kernel);
+            launch.arg(self.bytes()).arg(&plan).arg(&activations).arg(self.status());
+            // SAFETY: arguments as the kernel declares them, memory of the sizes that it asks for, as checked above; a word of
+            // `arrived` for each row of tiles.
+            driver(unsafe { launch.launch(config) })?;
+            Ok(true)
+        })
+    }
+}
