@@ -17,9 +17,11 @@ pub(super) enum Form {
 }
 
 impl Form {
-    /// What to try for a layout, the best first.
+    pub const FIXED: Form = Form::Packed(Family::Fixed);
+
+    /// What to try for a layout, the best first. `Auto` is what is left if that which was chosen does not suit the weights.
     pub fn of(layout: GpuLayout, plan: &Plan) -> &'static [Form] {
-        const FIXED: Form = Form::Packed(Family::Fixed);
+        const FIXED: Form = Form::FIXED;
         const INT8: Form = Form::Packed(Family::Int8);
         match (layout, plan.kind) {
             (GpuLayout::Fixed, _) if plan.exact_in_bf16() => &[FIXED],

@@ -20,6 +20,8 @@
 //! captured on such a stream, `CudaDevice::disable_event_tracking` must have been called, before anything was loaded.
 
 mod bandwidth;
+mod choices;
+mod choose;
 mod decode;
 mod family;
 mod form;
@@ -42,6 +44,7 @@ mod upload;
 mod weight;
 
 pub use bandwidth::GpuTimer;
+pub use choose::set_measuring;
 pub use decode::DeviceStream;
 pub use launch::set_programmatic_launch;
 pub use layers::decode_layers;

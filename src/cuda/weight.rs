@@ -9,6 +9,7 @@ use candle_core::{CudaDevice, CudaStorage, Layout};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 
+use super::choose::{self, Choice};
 use super::decode::DeviceStream;
 use super::dtype_of;
 use super::form::Form;
@@ -21,11 +22,15 @@ use crate::codec::{Dtype, Geometry};
 use crate::matrix::{GpuLayout, Weight};
 use crate::{Error, Result};
 
+/// Why a matrix is in another layout than the first that was tried.
+const UNSUITABLE: &str = "too many weights lie outside of what faster layouts can express";
+
 /// A compressed matrix in a GPU's memory.
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(super) kept: Kept,
     dtype: Dtype,
+    why: String,
 }
 
 /// What is kept of it.
@@ -60,10 +65,21 @@ impl CudaWeight {
         if layout == GpuLayout::Dense {
             return Err(Error::Invalid("plain weights are no compressed matrix".into()));
         }
-        let forms = Form::of(layout, plan);
-        for form in forms {
+        let choice = match layout {
+            GpuLayout::Auto => choose::auto(&stream, plan, &scales).map_err(place)?,
+            GpuLayout::Smallest => Choice { layout, why: "the smallest".into() },
+            _ => Choice { layout, why: "as asked for".into() },
+        };
+        let forms = Form::of(choice.layout, plan);
+        // What was chosen for the shape may not suit these weights: then what is left.
+        let rest: &[Form] = match (layout, choice.layout) {
+            (GpuLayout::Auto, GpuLayout::Pair | GpuLayout::Integers) => Form::of(layout, plan),
+            _ => &[],
+        };
+        for (tried, form) in forms.iter().chain(rest).enumerate() {
             if let Some(fused) = form.make(&stream, &scales).map_err(place)? {
-                return Ok(CudaWeight { kept: Kept::Fused(fused), dtype });
+                let why = if tried == 0 { choice.why } else { UNSUITABLE.into() };
+                return Ok(CudaWeight { kept: Kept::Fused(fused), dtype, why });
             }
         }
         if matches!(layout, GpuLayout::Fixed | GpuLayout::Pair | GpuLayout::Integers) {
@@ -81,7 +97,8 @@ impl CudaWeight {
             )));
         }
         stream.decode_once().map_err(place)?;
-        Ok(CudaWeight { kept: Kept::Stream(Box::new(stream)), dtype })
+        let why = if forms.is_empty() { choice.why } else { UNSUITABLE.into() };
+        Ok(CudaWeight { kept: Kept::Stream(Box::new(stream)), dtype, why })
     }
 
     /// The shape of the matrix.
@@ -118,6 +135,11 @@ impl CudaWeight {
             Kept::Stream(_) => GpuLayout::Rans,
             Kept::Fused(fused) => fused.layout(),
         }
+    }
+
+    /// Why it is in that layout.
+    pub fn why(&self) -> &str {
+        &self.why
     }
 
     /// Bytes that it takes in the GPU's memory.

@@ -6,8 +6,10 @@ use crate::{Error, Result};
 /// it cannot have is an error, except for the choices that are left to this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum GpuLayout {
-    /// The fastest: `Fixed` or `Integers`, which fused kernels multiply with; for matrices that neither suits (F16 and F32
-    /// ones, and BF16 ones whose exponents are all over the range) `Dense`.
+    /// The fastest for one row of activations. For BF16 matrices `Fixed`, `Pair` and `Dense` are timed when their shape is
+    /// first met on a GPU, and the fastest is remembered, also in a file in the user's cache; `TAPER_MEASURE=0` turns that
+    /// off, and `Fixed` is taken, as for matrices of more than 64 M weights. Quantised ones are `Integers`. Matrices that none
+    /// of these suits (F16 and F32 ones, and BF16 ones whose exponents are all over the range) are `Dense`.
     #[default]
     Auto,
     /// The one that takes the least memory: the stream as it is at rest.

@@ -48,6 +48,11 @@ impl CompressedMatmul {
         self.place.in_use()
     }
 
+    /// Why it is in that layout: `auto` tells what it measured. `None` on the CPU.
+    pub fn why(&self) -> Option<&str> {
+        self.place.why()
+    }
+
     /// The GPU that the weight is on.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<Device> {
@@ -59,7 +64,7 @@ impl CompressedMatmul {
     pub(crate) fn embed(&self, ids: &Tensor, dtype: candle_core::DType) -> Result<Tensor> {
         let ids = ids.flatten_all()?;
         match &self.place {
-            Place::Dense(table) => table.index_select(&ids, 0)?.to_dtype(dtype),
+            Place::Dense(table, _) => table.index_select(&ids, 0)?.to_dtype(dtype),
             _ => ids.apply_op1_no_bwd(&Rows(self.on_gpu()?, dtype)),
         }
     }

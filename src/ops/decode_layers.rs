@@ -33,7 +33,7 @@ impl CompressedMatmul {
             #[cfg(feature = "cuda")]
             Place::Cuda(weight) => Ok(self.tensor(weight.decode_rows(0..self.weight.geometry().rows, dtype)?)),
             #[cfg(feature = "cuda")]
-            Place::Dense(dense) => dense.to_dtype(dtype),
+            Place::Dense(dense, _) => dense.to_dtype(dtype),
         }
     }
 

@@ -15,7 +15,7 @@ pub(super) enum Place {
     Cuda(std::sync::Arc<crate::cuda::CudaWeight>),
     /// In a GPU's memory as plain weights, for candle's own product.
     #[cfg(feature = "cuda")]
-    Dense(Tensor),
+    Dense(Tensor, std::sync::Arc<str>),
 }
 
 impl Place {
@@ -34,7 +34,8 @@ impl Place {
                 // No fused kernel takes the stream as it is at rest.
                 let slow = layout == GpuLayout::Auto && placed.layout() == GpuLayout::Rans;
                 if slow || layout == GpuLayout::Dense {
-                    return Ok(Place::Dense(dense(&placed, device).map_err(name)?));
+                    let why = if slow { placed.why() } else { "as asked for" };
+                    return Ok(Place::Dense(dense(&placed, device).map_err(name)?, why.into()));
                 }
                 Ok(Place::Cuda(std::sync::Arc::new(placed)))
             }
@@ -49,7 +50,7 @@ impl Place {
     pub(super) fn dense(&self) -> Option<&Tensor> {
         match self {
             #[cfg(feature = "cuda")]
-            Place::Dense(dense) => Some(dense),
+            Place::Dense(dense, _) => Some(dense),
             _ => None,
         }
     }
@@ -60,7 +61,7 @@ impl Place {
         match self {
             Place::Cpu => None,
             Place::Cuda(weight) => Some(Device::Cuda(weight.device().clone())),
-            Place::Dense(dense) => Some(dense.device().clone()),
+            Place::Dense(dense, _) => Some(dense.device().clone()),
         }
     }
 
@@ -71,7 +72,20 @@ impl Place {
             #[cfg(feature = "cuda")]
             Place::Cuda(weight) => Some((weight.layout(), weight.stored_bytes())),
             #[cfg(feature = "cuda")]
-            Place::Dense(dense) => Some((GpuLayout::Dense, dense.elem_count() * dense.dtype().size_in_bytes())),
+            Place::Dense(dense, _) => Some((GpuLayout::Dense, dense.elem_count() * dense.dtype().size_in_bytes())),
+        }
+    }
+}
+
+impl Place {
+    /// Why it is there in that layout; `None` on the CPU.
+    pub(super) fn why(&self) -> Option<&str> {
+        match self {
+            Place::Cpu => None,
+            #[cfg(feature = "cuda")]
+            Place::Cuda(weight) => Some(weight.why()),
+            #[cfg(feature = "cuda")]
+            Place::Dense(_, why) => Some(why),
         }
     }
 }
