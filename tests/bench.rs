@@ -74,6 +74,29 @@ fn layers_are_timed_beside_stock_ones() {
 }
 
 #[test]
+fn ratios_are_plotted() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ratios.svg");
+    let plot = file.to_str().unwrap();
+    let tiny = ["--shape", "64x96,32x32", "--rows", "1,3,8", "--rotate", "0", "-r", "1", "--codec", "rans,int8", "-q"];
+    text(&bench(&[&tiny[..], &["--stock", "bf16", "--plot", plot]].concat()));
+    let svg = std::fs::read_to_string(&file).unwrap();
+    assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+    for text in ["64x96: times faster than candle bf16", "32x32: times faster", "rans", "int8", "rows of activations"] {
+        assert!(svg.contains(text), "{text} in {svg}");
+    }
+    assert_eq!(svg.matches("<polyline").count() % 2, 0, "two panels alike");
+    for (args, cause) in [
+        (&["--stock", "none", "--plot", plot][..], "no ratios"),
+        (&["--plot", dir.path().to_str().unwrap()], "os error"),
+        (&["--decode"], "--device"),
+    ] {
+        let run = bench(&[&tiny[..], args].concat());
+        assert!(!run.status.success() && String::from_utf8_lossy(&run.stderr).contains(cause), "{run:?}");
+    }
+}
+
+#[test]
 fn formats_of_gguf_files_are_timed_beside_candle_s() {
     let shape =
         ["--rows", "1,3", "--rotate", "0", "-r", "1", "--codec", "q4_k,q8_0", "--stock", "q4_k,f32", "--json", "-q"];

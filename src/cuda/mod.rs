@@ -31,6 +31,7 @@ mod kernels;
 mod launch;
 mod layers;
 mod memory;
+mod memory_use;
 mod multiply;
 mod packed;
 mod packing;
@@ -48,6 +49,7 @@ pub use choose::set_measuring;
 pub use decode::DeviceStream;
 pub use launch::set_programmatic_launch;
 pub use layers::decode_layers;
+pub use memory_use::MemoryUse;
 pub use weight::CudaWeight;
 
 use candle_core::DType;

@@ -8,6 +8,7 @@ mod decode;
 mod errors;
 mod graph;
 mod layers;
+mod load;
 mod model;
 mod products;
 

@@ -149,6 +149,15 @@ pub struct InspectArgs {
     /// Count entropies on all weights, instead of on a few tiles of each tensor
     #[arg(long)]
     pub exact: bool,
+    /// Put each matrix into this GPU's memory (cuda or cuda:N) and say which layout it has there, its bits, and why
+    #[cfg(feature = "candle")]
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["html", "exact"])]
+    pub device: Option<DeviceName>,
+    /// What the GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
+    /// pair, integers, rans or dense
+    #[cfg(feature = "candle")]
+    #[arg(long, value_name = "LAYOUT", default_value = "auto", requires = "device", value_parser = crate::device::layout)]
+    pub layout: GpuLayout,
 }
 
 /// `taper verify`.
@@ -242,7 +251,8 @@ pub struct GenerateArgs {
     /// Where to run: cpu, cuda or cuda:N [default: the first GPU in builds with --features cuda, else the CPU]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
-    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, pair, integers, rans or dense
+    /// What a GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
+    /// pair, integers, rans or dense
     #[arg(long, value_name = "LAYOUT", default_value = "auto", value_parser = crate::device::layout)]
     pub layout: GpuLayout,
     /// Compute all positions again for each token

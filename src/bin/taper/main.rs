@@ -7,6 +7,8 @@ mod bench;
 mod device;
 #[cfg(feature = "candle")]
 mod generate;
+#[cfg(feature = "candle")]
+mod placed;
 mod progress;
 mod render;
 #[cfg(feature = "candle")]
@@ -113,6 +115,12 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(args, cli.quiet)?,
         #[cfg(feature = "candle")]
         Command::Bench(args) => bench::run(args, cli.quiet)?,
+        #[cfg(feature = "candle")]
+        Command::Inspect(args) if args.device.is_some() => {
+            let progress = Reporter::new(cli.quiet, total_bytes(&args.path));
+            placed::run(&args.path, args.device.unwrap_or(device::DeviceName::Cpu), args.layout, args.json, &progress)?;
+            progress.finish();
+        }
         Command::Inspect(args) => {
             let progress = Reporter::new(cli.quiet || !args.exact, total_bytes(&args.path));
             let inspection = inspect::inspect(&args.path, args.exact, &progress)?;

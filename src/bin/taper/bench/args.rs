@@ -51,12 +51,19 @@ pub struct BenchArgs {
     /// Where to run: cpu, cuda or cuda:N (builds with --features cuda)
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceName,
-    /// What a GPU keeps matrices as: auto (the fastest), smallest, fixed, pair, integers, rans, dense; each coding in each layout
+    /// What a GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
+    /// pair, integers, rans, dense; each coding in each layout
     #[arg(long, value_name = "LAYOUT", value_delimiter = ',', default_value = "auto", value_parser = crate::device::layout)]
     pub layout: Vec<GpuLayout>,
-    /// On a GPU, let no kernel start before the one that it follows has ended
+    /// On a GPU, let no kernel start before the one that it follows has ended; layers are timed both ways without it
     #[arg(long)]
     pub plain_launch: bool,
+    /// On a GPU, also time decoding layers to memory: one alone, and five at once
+    #[arg(long, conflicts_with = "model")]
+    pub decode: bool,
+    /// Also write a plot of the ratios to candle's layers against the rows of activations, as SVG
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub plot: Option<PathBuf>,
     /// Tokens of the prompt that is read; 0 to time no prompt
     #[arg(short = 'p', long, value_name = "N", default_value_t = 128, requires = "model")]
     pub n_prompt: usize,

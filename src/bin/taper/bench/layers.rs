@@ -1,6 +1,7 @@
 //! Layers of one shape: ours over compressed weights, candle's over plain ones and GGUF blocks.
 
 use std::hint::black_box;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -15,8 +16,9 @@ use rand::rngs::SmallRng;
 use rand_distr::{Distribution, Normal, StudentT};
 
 use super::args::{BenchArgs, Coding, Shape, Stock, Weights};
+use super::decode;
 use super::progress::Steps;
-use super::report::{Group, Row};
+use super::report::{Group, Place, Row};
 use super::timing::in_turns;
 
 /// Codings and formats that are timed unless others are asked for.
@@ -28,7 +30,7 @@ const GPU_STOCKS: [&str; 1] = ["bf16"];
 /// The calls of a sample on a GPU: enough to fill it, few enough to be enqueued before they begin.
 const GPU_CALLS: u32 = 40;
 /// Rounds unless asked for.
-const ROUNDS: u32 = 20;
+pub(super) const ROUNDS: u32 = 20;
 /// One sample is the mean of calls that take about this long together, so that threads are awake as they are in a model.
 const BURST: Duration = Duration::from_millis(10);
 /// The calls of a sample at most.
@@ -43,8 +45,10 @@ struct Subject {
     /// The dtype of its activations.
     dtype: DType,
     /// The same layer several times, so that together they are larger than the caches.
-    copies: Vec<Box<dyn Module>>,
+    copies: Rc<Vec<Box<dyn Module>>>,
     next: usize,
+    /// On a GPU: no kernel starts before the one that it follows has ended.
+    plain: bool,
 }
 
 impl Subject {
@@ -62,11 +66,19 @@ impl Subject {
         while copies.len() < rotate.div_ceil(bytes.max(1)) {
             copies.push(Box::new(make()?.0));
         }
-        Ok(Subject { name, stock, bytes, dtype, copies, next: 0 })
+        Ok(Subject { name, stock, bytes, dtype, copies: Rc::new(copies), next: 0, plain: false })
+    }
+
+    /// The same layers, launched plainly.
+    fn plainly(&self) -> Subject {
+        let name = format!("{}, plain launch", self.name);
+        Subject { name, copies: self.copies.clone(), plain: true, ..*self }
     }
 
     /// The seconds that each of `calls` calls takes.
     fn time(&mut self, x: &Tensor, calls: u32, clock: &mut Clock) -> Result<f64> {
+        #[cfg(feature = "cuda")]
+        candle_taper::cuda::set_programmatic_launch(!self.plain);
         let seconds = clock.time(|| {
             for _ in 0..calls {
                 self.next = (self.next + 1) % self.copies.len();
@@ -79,7 +91,7 @@ impl Subject {
 }
 
 /// What times are taken with: the GPU's own clock for what it is given to do, else the process's.
-enum Clock {
+pub(super) enum Clock {
     Process,
     #[cfg(feature = "cuda")]
     Gpu(candle_taper::cuda::GpuTimer),
@@ -94,7 +106,7 @@ impl Clock {
         }
     }
 
-    fn time(&mut self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    pub(super) fn time(&mut self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         match self {
             Clock::Process => {
                 let start = Instant::now();
@@ -126,6 +138,9 @@ pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<Vec<Group
             steps.begin(&title);
             let work = (shape, rows as usize, rounds as usize);
             groups.push(group(title, &mut subjects, work, device, &mut clock, steps)?);
+        }
+        if args.decode {
+            groups.push(decode::run(args, shape, &codings, device, &mut clock, steps)?);
         }
     }
     Ok(groups)
@@ -159,7 +174,7 @@ fn group(
         }
         subjects[subject].time(&inputs[subject], calls[subject], clock)
     })?;
-    let weights = (shape.out * shape.input) as u64;
+    let (weights, rows_of_activations) = ((shape.out * shape.input) as u64, rows);
     let row = |subject: &Subject| Row {
         name: subject.name.clone(),
         stock: subject.stock,
@@ -168,7 +183,8 @@ fn group(
         samples: Default::default(),
     };
     let rows = subjects.iter().zip(samples).map(|(subject, samples)| Row { samples, ..row(subject) });
-    Ok(Group { title, tokens: None, samples_a_pass: 1, rows: rows.collect() })
+    let plot = Some(Place { panel: shape.to_string(), rows: rows_of_activations });
+    Ok(Group { title, tokens: None, samples_a_pass: 1, rows: rows.collect(), plot })
 }
 
 /// All layers of one shape. Their weights are the same BF16 numbers.
@@ -228,7 +244,15 @@ fn subjects(
                 let used = CompressedLinear::on(weight, None, device, layout)?.in_use();
                 name += &format!(" as {}", used.map_or(layout, |(layout, _)| layout).name());
             }
-            subjects.push(Subject::new(name, false, args.activations(), rotate, layer)?);
+            let subject = Subject::new(name, false, args.activations(), rotate, layer)?;
+            match (device.is_cuda(), args.plain_launch) {
+                (false, _) => subjects.push(subject),
+                (true, true) => subjects.push(subject.plainly()),
+                (true, false) => {
+                    let plain = subject.plainly();
+                    subjects.extend([subject, plain]);
+                }
+            }
         }
         steps.step();
     }
@@ -261,7 +285,7 @@ fn subjects(
 }
 
 /// Random weights, the same in every run.
-fn values(weights: Weights, Shape { out, input }: Shape) -> Result<Vec<bf16>> {
+pub(super) fn values(weights: Weights, Shape { out, input }: Shape) -> Result<Vec<bf16>> {
     let mut rng = SmallRng::seed_from_u64(1);
     let normal = Normal::new(0.0f32, 0.02)?;
     let tails = StudentT::new(5.0f32)?;

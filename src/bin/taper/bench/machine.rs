@@ -52,9 +52,9 @@ impl Machine {
         })
     }
 
-    /// True if it ran on a GPU.
-    pub fn has_gpu(&self) -> bool {
-        self.gpu.is_some()
+    /// Bytes a second that the GPU's memory gives, if it ran on one.
+    pub fn read_bandwidth(&self) -> Option<f64> {
+        self.gpu.as_ref().map(|gpu| gpu.bytes_per_s)
     }
 
     /// For programs.

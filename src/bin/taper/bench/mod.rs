@@ -4,10 +4,12 @@
 //! between the quartiles, and medians of the ratios of each turn.
 
 mod args;
+mod decode;
 mod layers;
 mod load;
 mod machine;
 mod models;
+mod plot;
 mod progress;
 mod report;
 mod timing;
@@ -29,6 +31,7 @@ pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
         writeln!(std::io::stdout(), "{}", models::run_probe(args, code, &device)?)?;
         return Ok(());
     }
+    anyhow::ensure!(!args.decode || args.on_gpu(), "--decode: decoding to memory is timed on a GPU, see --device");
     let steps = Steps::new(quiet);
     let machine = Machine::here(args.activations().as_str(), &device)?;
     let (loads, groups) = if args.model.is_empty() {
@@ -38,6 +41,9 @@ pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
     };
     steps.finish();
     let report = Report { machine, loads, groups };
+    if let Some(file) = &args.plot {
+        plot::write(&report, file)?;
+    }
     let text = if args.json { report.json()? } else { report.table() };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(())

@@ -137,7 +137,7 @@ fn group(
         weights: model.weights,
         samples,
     });
-    Ok(Group { title, tokens: Some(tokens), samples_a_pass, rows: rows.collect() })
+    Ok(Group { title, tokens: Some(tokens), samples_a_pass, rows: rows.collect(), plot: None })
 }
 
 /// Token ids that look random; times depend on how many there are only.
@@ -184,6 +184,7 @@ fn probe(args: &BenchArgs, plan: &Plan) -> Result<Load> {
         stock: plan.stock(),
         seconds: value["load_s"].as_f64().unwrap_or(0.0),
         peak: value["peak_bytes"].as_u64(),
+        loading: value["load_peak_bytes"].as_u64(),
         bytes: value["bytes"].as_u64().unwrap_or(0),
         weights: value["weights"].as_u64().unwrap_or(0),
     })
@@ -192,28 +193,26 @@ fn probe(args: &BenchArgs, plan: &Plan) -> Result<Load> {
 /// What the new process does: loads one model, reads a prompt, generates some tokens, and tells what that took.
 pub fn run_probe(args: &BenchArgs, code: &str, device: &Device) -> Result<String> {
     let dir = args.model.first().context("--probe needs --model")?;
-    // What other processes and the driver hold does not count.
-    let before = gpu_memory(device).unwrap_or(0);
     let start = Instant::now();
     let mut model = Plan::new(dir, code)?.load(args.activations(), device, args.layout[0])?;
     device.synchronize()?;
-    let seconds = start.elapsed().as_secs_f64();
+    let (seconds, loading) = (start.elapsed().as_secs_f64(), gpu_peak(device));
     if args.n_prompt > 0 {
         read(&mut model, args.n_prompt)?;
     }
     let tokens = PROBE_TOKENS.min(model.config().max_position_embeddings);
     generate(&mut model, tokens, args.max_time)?;
-    let peak = if device.is_cuda() { gpu_memory(device).map(|now| now.saturating_sub(before)) } else { peak_memory() };
+    let peak = if device.is_cuda() { gpu_peak(device) } else { peak_memory() };
     let (bytes, weights) = (model.bytes, model.weights);
-    Ok(json!({"load_s": seconds, "peak_bytes": peak, "bytes": bytes, "weights": weights}).to_string())
+    Ok(json!({"load_s": seconds, "load_peak_bytes": loading, "peak_bytes": peak, "bytes": bytes, "weights": weights})
+        .to_string())
 }
 
-/// Bytes of a GPU's memory that are in use, by whomever.
-fn gpu_memory(device: &Device) -> Option<u64> {
+/// Bytes of a GPU's memory that this process took at most; what the driver and cuBLAS hold for themselves does not count.
+fn gpu_peak(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
-        let (free, total) = device.cuda_stream().context().mem_get_info().ok()?;
-        return Some((total - free) as u64);
+        return candle_taper::cuda::MemoryUse::of(device).ok().map(|memory| memory.peak);
     }
     let _ = device;
     None

@@ -26,6 +26,16 @@ pub struct Group {
     pub samples_a_pass: usize,
     /// The subjects, ours first.
     pub rows: Vec<Row>,
+    /// Where its ratios stand in a plot.
+    pub plot: Option<Place>,
+}
+
+/// A place in a plot of ratios against rows of activations.
+pub struct Place {
+    /// The shape, which has a panel of its own.
+    pub panel: String,
+    /// Rows of activations.
+    pub rows: usize,
 }
 
 /// One subject's times.
@@ -47,7 +57,7 @@ impl Row {
         8.0 * self.bytes as f64 / self.weights.max(1) as f64
     }
 
-    fn label(&self) -> String {
+    pub fn label(&self) -> String {
         if self.stock { format!("candle {}", self.name) } else { self.name.clone() }
     }
 }
@@ -62,6 +72,8 @@ pub struct Load {
     pub seconds: f64,
     /// Bytes of memory at most after a prompt and some tokens, mapped files included; if the system tells.
     pub peak: Option<u64>,
+    /// The same while it was loaded, on a GPU.
+    pub loading: Option<u64>,
     /// Bytes of the weights.
     pub bytes: u64,
     /// How many there are.
@@ -82,7 +94,7 @@ impl Report {
             text += &format!("\n\n{}", loads(&self.loads));
         }
         for group in &self.groups {
-            text += &format!("\n\n{}\n{}", group.title, table(group, self.machine.has_gpu()).trim_end());
+            text += &format!("\n\n{}\n{}", group.title, table(group, self.machine.read_bandwidth()).trim_end());
         }
         text
     }
@@ -91,24 +103,26 @@ impl Report {
     pub fn json(&self) -> anyhow::Result<String> {
         let load = |load: &Load| {
             json!({"name": load.name, "stock": load.stock, "load_s": load.seconds, "peak_bytes": load.peak,
+                "load_peak_bytes": load.loading,
                 "bytes": load.bytes, "weights": load.weights})
         };
         let value = json!({
             "machine": self.machine.json(),
             "loads": self.loads.iter().map(load).collect::<Vec<_>>(),
-            "groups": self.groups.iter().map(group_json).collect::<Vec<_>>(),
+            "groups": self.groups.iter().map(|group| group_json(group, self.machine.read_bandwidth())).collect::<Vec<_>>(),
         });
         Ok(serde_json::to_string_pretty(&value)?)
     }
 }
 
 /// A group's ratios to each of candle's formats.
-fn ratios<'a>(group: &'a Group, row: &'a Row) -> impl Iterator<Item = (&'a Row, f64)> {
+pub fn ratios<'a>(group: &'a Group, row: &'a Row) -> impl Iterator<Item = (&'a Row, f64)> {
     group.rows.iter().filter(|other| other.stock).map(|other| (other, row.samples.faster_than(&other.samples)))
 }
 
-/// Times in microseconds if `micro`, else in milliseconds.
-fn table(group: &Group, micro: bool) -> String {
+/// Times in microseconds for a GPU, whose read bandwidth is `read` bytes a second, else in milliseconds.
+fn table(group: &Group, read: Option<f64>) -> String {
+    let micro = read.is_some();
     let speed = if group.tokens.is_some() {
         "tok/s"
     } else if micro {
@@ -117,6 +131,7 @@ fn table(group: &Group, micro: bool) -> String {
         "ms"
     };
     let mut header: Vec<String> = ["", "bits/w", "MB", speed, "spread", "GB/s"].map(str::to_owned).to_vec();
+    header.extend(read.map(|_| "of read".to_owned()));
     header.extend(group.rows.iter().filter(|row| row.stock).map(|row| format!("x {}", row.name)));
     let mut lines = vec![header];
     for row in &group.rows {
@@ -136,6 +151,7 @@ fn table(group: &Group, micro: bool) -> String {
             format!("{:.0}%", 100.0 * row.samples.spread()),
             number(group.gb_per_s(row)),
         ];
+        line.extend(read.map(|read| format!("{:.0}%", 100.0 * group.gb_per_s(row) * 1e9 / read)));
         line.extend(ratios(group, row).map(|(_, ratio)| number(ratio)));
         lines.push(line);
     }
@@ -143,16 +159,21 @@ fn table(group: &Group, micro: bool) -> String {
 }
 
 fn loads(loads: &[Load]) -> String {
-    let header = ["loading, each in a new process", "bits/w", "MB", "s", "peak MB"].map(str::to_owned).to_vec();
+    let mut header = ["loading, each in a new process", "bits/w", "MB", "s", "peak MB"].map(str::to_owned).to_vec();
+    let gpu = loads.iter().any(|load| load.loading.is_some());
+    header.extend(gpu.then(|| "while loading".to_owned()));
     let mut lines = vec![header];
     lines.extend(loads.iter().map(|load| {
-        vec![
+        let mb = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| number(bytes as f64 / 1e6));
+        let mut line = vec![
             if load.stock { format!("candle {}", load.name) } else { load.name.clone() },
             format!("{:.2}", 8.0 * load.bytes as f64 / load.weights.max(1) as f64),
             number(load.bytes as f64 / 1e6),
             number(load.seconds),
-            load.peak.map_or("-".into(), |bytes| number(bytes as f64 / 1e6)),
-        ]
+            mb(load.peak),
+        ];
+        line.extend(gpu.then(|| mb(load.loading)));
+        line
     }));
     render::align(&lines, 1).trim_end().to_string()
 }
@@ -168,7 +189,7 @@ fn number(value: f64) -> String {
     format!("{value:.decimals$}")
 }
 
-fn group_json(group: &Group) -> Value {
+fn group_json(group: &Group, read: Option<f64>) -> Value {
     let row = |row: &Row| {
         let ratios: Map<String, Value> =
             ratios(group, row).map(|(other, ratio)| (other.name.clone(), ratio.into())).collect();
@@ -184,6 +205,9 @@ fn group_json(group: &Group) -> Value {
             "speed_relative_to": ratios,
             "samples_s": row.samples.all(),
         });
+        if let Some(read) = read {
+            value["share_of_read_bandwidth"] = (group.gb_per_s(row) * 1e9 / read).into();
+        }
         if group.tokens.is_some() {
             value["tokens_per_s"] = (1.0 / row.samples.median().max(1e-12)).into();
         }

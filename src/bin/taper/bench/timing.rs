@@ -7,6 +7,11 @@ use anyhow::Result;
 pub struct Samples(Vec<f64>);
 
 impl Samples {
+    /// These times.
+    pub fn new(times: Vec<f64>) -> Samples {
+        Samples(times)
+    }
+
     /// The value below which this share of the times lies, between neighbours linearly; 0 without times.
     pub fn quantile(&self, share: f64) -> f64 {
         quantile(self.0.clone(), share)

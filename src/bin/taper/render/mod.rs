@@ -127,7 +127,7 @@ fn plural(number: u64, noun: &str) -> String {
 }
 
 /// Text from the checkpoint without characters that would steer a terminal or reorder a line.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let steers = |c: char| {
         c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
