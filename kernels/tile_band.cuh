@@ -67,16 +67,27 @@ template <class P> struct Band {
 template <class P>
 __device__ inline uint64_t classes_of(const P &plan, uint32_t n, uint32_t first, Bytes coded, const uint8_t *symbols) {
     if (plan.class_bits == 8) return *(const unsigned long long *)symbols;
-    uint64_t classes = 0;
+    uint32_t low, high; // four weights each
     if (plan.class_bits == 4) {
         const uint32_t pairs = has_table(plan) ? *(const uint32_t *)symbols : (uint32_t)coded.load(first / 2, 4);
-        for (uint32_t k = 0; k < 8; k++) classes |= (uint64_t)(pairs >> (4 * k) & 15) << (8 * k);
+        const uint32_t even = pairs & 0x0f0f0f0f, odd = pairs >> 4 & 0x0f0f0f0f;
+        low = __byte_perm(even, odd, 0x5140), high = __byte_perm(even, odd, 0x7362);
     } else {
-        const uint32_t low = (uint32_t)coded.load(first / 4, 2), high = (uint32_t)coded.load((2 * n + 7) / 8 + first / 8, 1);
-        for (uint32_t k = 0; k < 8; k++)
-            classes |= (uint64_t)((low >> (2 * k) & 3) | (high >> k & 1) << 2) << (8 * k);
+        const uint32_t twos = (uint32_t)coded.load(first / 4, 2), ones = (uint32_t)coded.load((2 * n + 7) / 8 + first / 8, 1);
+        low = high = 0;
+        for (uint32_t k = 0; k < 4; k++) {
+            low |= ((twos >> (2 * k) & 3) | (ones >> k & 1) << 2) << (8 * k);
+            high |= ((twos >> (2 * k + 8) & 3) | (ones >> (k + 4) & 1) << 2) << (8 * k);
+        }
     }
-    return classes;
+    return (uint64_t)high << 32 | low;
+}
+
+// Which of 8 bytes are `value`, a bit for each.
+__device__ inline uint32_t equal_bytes(uint64_t bytes, uint32_t value) {
+    const uint32_t all = value * 0x01010101u;
+    const auto bits = [](uint32_t mask) { return (mask & 0x08040201u) * 0x01010101u >> 24; };
+    return bits(__vcmpeq4((uint32_t)bytes, all)) | bits(__vcmpeq4((uint32_t)(bytes >> 32), all)) << 4;
 }
 
 // The raw bits of 8 weights: planes of 8 bits from the lowest bits up, then of 4, 2 and 1.
@@ -93,12 +104,32 @@ __device__ inline void raw_of(uint32_t bits, uint32_t n, uint32_t first, Bytes r
     }
 }
 
-// The code with that exponent, sign and mantissa (sign on top of the mantissa in `raw`).
-__device__ inline uint32_t join_float(uint8_t kind, uint32_t high, uint32_t raw) {
-    const uint32_t mantissa = kind == BF16 ? 7 : kind == F16 ? 10 : kind == F32 ? 23 : kind == F8E4M3 ? 3 : 2;
-    const uint32_t exponent = kind == BF16 || kind == F32 ? 8 : kind == F8E4M3 ? 4 : 5;
-    const uint32_t sign = raw >> mantissa & 1;
-    return sign << (mantissa + exponent) | (high & ((1u << exponent) - 1)) << mantissa | (raw & ((1u << mantissa) - 1));
+__device__ inline uint32_t mantissa_bits(uint8_t kind) {
+    return kind == BF16 ? 7 : kind == F16 ? 10 : kind == F32 ? 23 : kind == F8E4M3 ? 3 : 2;
+}
+
+// Where `high` stands in a code: the exponent of a float, the upper half of an INT8 weight.
+template <class P> __device__ inline uint32_t high_mask(const P &plan) {
+    if (plan.kind == INT8) return 0xf0;
+    const uint32_t exponent = plan.kind == BF16 || plan.kind == F32 ? 8 : plan.kind == F8E4M3 ? 4 : 5;
+    return ((1u << exponent) - 1) << mantissa_bits(plan.kind);
+}
+
+template <class P> __device__ inline uint32_t high_in_place(const P &plan, uint32_t high) {
+    return high << (plan.kind == INT8 ? 4 : mantissa_bits(plan.kind)) & high_mask(plan);
+}
+
+// The code with that high part and raw bits; a float's sign is on top of its mantissa in them.
+template <class P> __device__ inline uint32_t join(const P &plan, uint32_t high, uint32_t raw) {
+    if (plan.kind == INT8) return high_in_place(plan, high) | (raw & 15);
+    const uint32_t mantissa = mantissa_bits(plan.kind);
+    const uint32_t sign = (raw >> mantissa & 1) * (high_mask(plan) + (1u << mantissa));
+    return sign | high_in_place(plan, high) | (raw & ((1u << mantissa) - 1));
+}
+
+// The same code with another high part.
+template <class P> __device__ inline uint32_t exchange(const P &plan, uint32_t high, uint32_t code) {
+    return high_in_place(plan, high) | (code & ~high_mask(plan));
 }
 
 // Differences to weights, in place. Lane `l` works on row `l` of 32, one column behind the lane above it, so that
@@ -178,16 +209,14 @@ __device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *
         if (has_table(plan)) {
             const uint32_t now = min(steps, plan.class_bits);
             steps -= now;
+#pragma unroll 4
             for (uint32_t step = 0; step < now; step++) symbols[step * LANES + lane] = (uint8_t)coded_symbols.next();
             __syncwarp();
         }
         if (count > 0) {
             if (plan.class_bits > 0) classes = classes_of(plan, n, first, coded, symbols + lane * bytes_of_lane);
-            if (plan.class_bits > 0 && plan.escape != 255 || plan.class_bits == 8 && plan.kind == RATE) {
-                #pragma unroll
-                for (uint32_t k = 0; k < 8; k++)
-                    marked |= (uint32_t)(k < count && (classes >> (8 * k) & 255) == plan.escape) << k;
-            }
+            if (plan.class_bits > 0 && (plan.escape != 255 || plan.class_bits == 8 && plan.kind == RATE))
+                marked = equal_bytes(classes, plan.escape) & ((1u << count) - 1);
         }
         // The place of this lane's first escape in the list.
         uint32_t place = found;
@@ -200,21 +229,21 @@ __device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *
             place += sum - __popc(marked);
             found += __shfl_sync(ALL, sum, 31);
         }
-        if (count > 0 && plan.class_bits > 0) {
+        if (count > 0 && plan.class_bits > 0 && (plan.kind == RATE || plan.class_bits < 8)) {
             uint32_t r = first / band.cols, c = first % band.cols;
 #pragma unroll
             for (uint32_t k = 0; k < 8; k++) { // past `count` nothing comes of it
                 const uint32_t cls = (uint32_t)(classes >> (8 * k)) & 255;
-                const bool escaped = marked >> k & 1;
                 if (plan.kind == RATE) {
                     const int32_t q = (int32_t)(((uint32_t)((int32_t)cls - bias) << plan.raw_bits) | values[k]);
                     const float step = uniform_scale ? scale : band.scale(r);
+                    const bool escaped = marked >> k & 1;
+                    const uint32_t listed_bits = escaped ? listed.u32(4ull * place) : 0;
                     if (plan.form == INTEGERS)
-                        values[k] = __float_as_uint(escaped ? bits_f32(listed.u32(4ull * place)) / step : (float)q);
+                        values[k] = __float_as_uint(escaped ? bits_f32(listed_bits) / step : (float)q);
                     else
-                        values[k] = escaped ? listed.u32(4ull * place) : __float_as_uint(__fmul_rn((float)q, step));
-                } else if (plan.class_bits == 8) {
-                    values[k] = cls;
+                        values[k] = escaped ? listed_bits : __float_as_uint(__fmul_rn((float)q, step));
+                    place += escaped;
                 } else {
                     uint32_t high = map[cls & 15];
                     if (plan.scale == LEVELS) {
@@ -222,12 +251,18 @@ __device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *
                         const uint32_t of_col = (uint32_t)stream.load(plan.scales + plan.rows + band.col + c, 1);
                         high = (high + (min(255u, of_row + of_col) >> 4)) & 255;
                     }
-                    if (escaped) high = (uint32_t)listed.load(place, 1);
-                    values[k] = plan.kind == INT8 ? (high << 4 | (values[k] & 15)) & 255 : join_float(plan.kind, high, values[k]);
+                    values[k] = join(plan, high, values[k]);
                 }
-                place += escaped;
                 if (++c == band.cols) { c = 0; r++; }
             }
+            if (plan.kind != RATE && marked) {
+#pragma unroll
+                for (uint32_t k = 0; k < 8; k++)
+                    if (marked >> k & 1) values[k] = exchange(plan, (uint32_t)listed.load(place++, 1), values[k]);
+            }
+        } else if (plan.class_bits == 8) {
+#pragma unroll
+            for (uint32_t k = 0; k < 8; k++) values[k] = (uint32_t)(classes >> (8 * k)) & 255;
         }
         __syncwarp(); // all have read their symbols
         if (in_bytes) {

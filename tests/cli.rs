@@ -90,6 +90,28 @@ fn exit_codes_tell_usage_failure_and_damage_apart() {
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("TAPER_CPU=mmx"), "{wrong:?}");
 }
 
+/// What a GPU does with a checkpoint is told by one; here only what is refused.
+#[cfg(feature = "candle")]
+#[test]
+fn layouts_are_told_for_compressed_checkpoints_on_a_gpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let [model, out, _] = paths(dir.path());
+    write_model(model.as_ref(), 1, 256);
+    assert!(taper(["compress", &model, &out]).status.success());
+    let refused = |args: &[&str], cause: &str| {
+        let run = taper([&["inspect"][..], args].concat());
+        assert_eq!(run.status.code(), Some(if cause == "usage" { 2 } else { 1 }), "{run:?}");
+        assert!(cause == "usage" || String::from_utf8_lossy(&run.stderr).contains(cause), "{run:?}");
+    };
+    refused(&[&out, "--device", "cpu"], "on the CPU weights stay as they are");
+    refused(&[&model, "--device", "cuda"], "taper compress");
+    refused(&[&out, "--layout", "pair"], "usage");
+    refused(&[&out, "--device", "cuda", "--layout", "zip"], "usage");
+    refused(&[&out, "--device", "cuda", "--exact"], "usage");
+    #[cfg(not(feature = "cuda"))]
+    refused(&[&out, "--device", "cuda"], "--features cuda");
+}
+
 #[test]
 fn forced_backends_give_the_same_files() {
     let dir = tempfile::tempdir().unwrap();
