@@ -77,8 +77,7 @@ impl Subject {
 
     /// The seconds that each of `calls` calls takes.
     fn time(&mut self, x: &Tensor, calls: u32, clock: &mut Clock) -> Result<f64> {
-        #[cfg(feature = "cuda")]
-        candle_taper::cuda::set_programmatic_launch(!self.plain);
+        launch_plainly(self.plain);
         let seconds = clock.time(|| {
             for _ in 0..calls {
                 self.next = (self.next + 1) % self.copies.len();
@@ -88,6 +87,13 @@ impl Subject {
         })?;
         Ok(seconds / f64::from(calls))
     }
+}
+
+/// How a GPU's kernels are launched from now on.
+fn launch_plainly(plain: bool) {
+    #[cfg(feature = "cuda")]
+    candle_taper::cuda::set_programmatic_launch(!plain);
+    let _ = plain;
 }
 
 /// What times are taken with: the GPU's own clock for what it is given to do, else the process's.
