@@ -169,6 +169,9 @@ fn products_of_every_kind_are_right() {
     for (dtype, options) in cases {
         for shape in [Shape::Scaled, Shape::Smooth] {
             let w = matrix(shape, dtype, rows, cols, &options);
+            let mut values = vec![0.0; rows * cols];
+            quant::to_f32s(dtype, &w.weight.matrix().unwrap().decode().unwrap(), &mut values);
+            let plain = Matrix { weight: w.weight.clone(), values, rows, cols };
             for layout in GpuLayout::ALL {
                 let layer = match CompressedLinear::on(w.weight.clone(), None, &device, layout) {
                     Ok(layer) => layer,
@@ -177,10 +180,12 @@ fn products_of_every_kind_are_right() {
                 };
                 let used = layer.in_use().unwrap().0;
                 println!("{dtype:?} {:?} {:?} {shape:?} {layout:?}: {used:?}", options.codec, options.scale);
+                // Plain weights are in the tensor's dtype.
+                let w = if used == GpuLayout::Dense { &plain } else { &w };
                 for m in [1, 8, 40, 70] {
                     let what = format!("{dtype:?} {options:?} {shape:?} {layout:?} m={m}");
                     for dtype in [DType::F32, DType::BF16, DType::F16] {
-                        check(&device, &layer, &w, &activations(m, cols, 5), m, dtype, &what);
+                        check(&device, &layer, w, &activations(m, cols, 5), m, dtype, &what);
                     }
                 }
             }
