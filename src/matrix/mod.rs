@@ -29,6 +29,7 @@ pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
 pub use gpu_layout::GpuLayout;
 pub use kquant::{KQuantMatrix, kquant_matmul_each};
 pub use options::{Activations, Codec, Options};
+pub(crate) use product::run_parts;
 pub use product::{Executor, RayonExecutor, matmul_each};
 pub use source::Source;
 pub use weight::Weight;
