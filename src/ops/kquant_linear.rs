@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::PoolExecutor;
-use super::compressed_linear::{activation_rows, split_products, store};
+use super::compressed_linear::{Rows, activation_rows, split_products, store};
 use crate::matrix::{KQuantMatrix, kquant_matmul_each};
 
 /// The product of an activation with the transpose of a quantised matrix, as candle's `QMatMul` computes it: the
@@ -35,7 +35,7 @@ impl KQuantMatmul {
         &self.matrix
     }
 
-    fn rows<'l>(&self, storage: &CpuStorage, layout: &'l Layout, inner: usize) -> Result<(Vec<f32>, &'l [usize])> {
+    fn rows<'l>(&self, storage: &'l CpuStorage, layout: &'l Layout, inner: usize) -> Result<Rows<'l>> {
         let shape = [self.matrix.rows(), self.matrix.cols()];
         activation_rows("kquant linear", self.name.as_deref(), shape, storage, layout, inner)
     }
