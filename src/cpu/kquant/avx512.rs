@@ -13,6 +13,9 @@ use super::{Job, Panel, Strip};
 use crate::codec::kquant::Format;
 use crate::codec::kquant::strip::{PANEL, ROWS, StripFormat};
 
+/// Bytes that are fetched before they are used, far enough ahead for the memory to answer.
+const AHEAD: usize = 4096;
+
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
     super::super::avx512::available() && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("f16c")
@@ -51,6 +54,14 @@ unsafe fn weights<F: Format>(block: *const u8, g: usize) -> __m512i {
         // (high & mask) | low
         let mask = _mm512_set1_epi8((((1 << F::HIGH) - 1) << F::LOW) as i8);
         _mm512_ternarylogic_epi64::<0xEA>(high, mask, low)
+    }
+}
+
+/// Asks the memory for some bytes, which need not be there.
+pub(super) fn fetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a hint reads nothing; every x86-64 CPU has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
     }
 }
 
@@ -154,8 +165,13 @@ pub(super) fn row<F: Format>(job: &Job, strip: usize, y: &mut [f32]) {
 fn row_avx512<F: Format>(job: &Job, strip: &Strip, y: &mut [f32]) {
     let mut total = _mm512_setzero_ps();
     let blocks = strip.quants.chunks_exact(F::QUANTS).zip(strip.meta.chunks_exact(F::META));
+    let strip_bytes = F::strip_bytes(strip.quants.len() / F::QUANTS);
     for (block, (quants, meta)) in blocks.enumerate() {
         let at = block * F::LEN;
+        // The last quants are followed by the next strip's, past what follows them in this one.
+        let beyond = (block + 1) * F::QUANTS + AHEAD > strip.quants.len();
+        let ahead = AHEAD + if beyond { strip_bytes - strip.quants.len() } else { 0 };
+        fetch(meta.as_ptr().wrapping_add(strip_bytes), F::META);
         let (quants, meta, x) = (quants.as_ptr(), meta.as_ptr(), job.x.quants[at..at + F::LEN].as_ptr());
         let mut products = _mm512_setzero_si512();
         for sub in 0..F::LEN / 32 {
@@ -166,10 +182,9 @@ fn row_avx512<F: Format>(job: &Job, strip: &Strip, y: &mut [f32]) {
                 let sum = &mut sums[if F::GROUP == 16 { g / 4 } else { g % 2 }];
                 // SAFETY: the block has `F::LEN / 4` groups, and as many fours of the activation.
                 unsafe {
-                    // Far enough ahead for the memory to answer; what lies behind the strip is never read.
-                    _mm_prefetch::<_MM_HINT_T0>(
-                        quants.wrapping_add((8 * sub + g) * 8 * F::BITS as usize + 4096).cast(),
-                    );
+                    // What lies behind the strips is never read.
+                    let next = quants.wrapping_add((8 * sub + g) * 8 * F::BITS as usize + ahead);
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
                     let x = broadcast(x.add(32 * sub + 4 * g));
                     *sum = _mm512_dpbusd_epi32(*sum, weights::<F>(quants, 8 * sub + g), x);
                 }
