@@ -62,7 +62,7 @@ impl CompressedMatmul {
         let ids = ids.flatten_all()?;
         match &self.place {
             Place::Dense(table) => table.index_select(&ids, 0)?.to_dtype(dtype),
-            _ => ids.apply_op1_no_bwd(&Rows(self.on_gpu()?, dtype)),
+            _ => ids.apply_op1_no_bwd(&TableRows(self.on_gpu()?, dtype)),
         }
     }
 
@@ -216,10 +216,10 @@ impl CustomOp1 for Transposed<'_> {
 
 /// Rows of a table on a GPU.
 #[cfg(feature = "cuda")]
-struct Rows<'a>(&'a crate::cuda::CudaWeight, candle_core::DType);
+struct TableRows<'a>(&'a crate::cuda::CudaWeight, candle_core::DType);
 
 #[cfg(feature = "cuda")]
-impl CustomOp1 for Rows<'_> {
+impl CustomOp1 for TableRows<'_> {
     fn name(&self) -> &'static str {
         "compressed-embedding"
     }
