@@ -89,9 +89,9 @@ impl Sizes {
 
     fn layer(&self, number: usize) -> Vec<TestTensor> {
         let matrices = self.matrices();
-        let tensors = matrices.par_iter().zip(100 * number..).map(|(&(part, _, rows, cols), seed)| {
+        let tensors = matrices.par_iter().enumerate().map(|(at, &(part, _, rows, cols))| {
             let name = format!("model.layers.{number}.{part}.weight");
-            tensor(&name, Shape::Scaled, Dtype::Bf16, &[rows, cols], seed as u64)
+            tensor(&name, Shape::Scaled, Dtype::Bf16, &[rows, cols], (100 * number + at) as u64)
         });
         let mut tensors: Vec<_> = tensors.collect();
         let norms = ["input_layernorm", "post_attention_layernorm"];
