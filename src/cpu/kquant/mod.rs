@@ -38,6 +38,9 @@ use crate::codec::kquant::{Activation, Format, GgmlType, with_format};
 pub const STRIPS: usize = 2;
 /// Columns of a panel.
 const STEP: usize = 256;
+/// Rows of activations for which unpacking to memory does not pay, with AVX-512.
+#[cfg(target_arch = "x86_64")]
+const FEW: usize = 8;
 /// Rows of activations whose sums are kept while the panels of two strips pass by.
 const ROW_BLOCK: usize = 192;
 
@@ -99,11 +102,14 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         })
         .collect();
     let job = Job { strips: &strips, x, bias };
+    #[cfg(target_arch = "x86_64")]
+    if backend == Backend::Avx512 && x.rows <= FEW {
+        (0..count).for_each(|index| avx512::few_rows::<F>(&job, index, y));
+        return;
+    }
     if x.rows == 1 && backend != Backend::Scalar {
         for (index, y) in y.chunks_exact_mut(ROWS).enumerate() {
             match backend {
-                #[cfg(target_arch = "x86_64")]
-                Backend::Avx512 => avx512::row::<F>(&job, index, y),
                 #[cfg(target_arch = "x86_64")]
                 Backend::Avx2 => avx2::row::<F>(&job, index, y),
                 #[cfg(target_arch = "aarch64")]
