@@ -26,9 +26,9 @@ __global__ void apply_scales(const uint16_t* integers, int stride, const float* 
 }
 
 // y[m][n] in f64 and the sum of the magnitudes, which bounds the rounding error of any order of summation. A block of
-// 128 threads for each row of weights; `exact`, if any, replaces `weights`.
-__global__ void reference(const uint16_t* weights, int stride, const float* exact, const void* x, Type x_type,
-                          int x_stride, const void* bias, Type bias_type, double* y, double* magnitudes, int rows,
+// 128 threads for each row of weights; `exact`, if any, replaces `weights`, and `spread` in the sum of magnitudes.
+__global__ void reference(const uint16_t* weights, int stride, const float* exact, const float* spread, const void* x,
+                          Type x_type, int x_stride, const void* bias, Type bias_type, double* y, double* magnitudes, int rows,
                           int cols, int batch) {
   const int row = blockIdx.x;
   __shared__ double sums[128], all[128];
@@ -37,8 +37,8 @@ __global__ void reference(const uint16_t* weights, int stride, const float* exac
     for (int k = threadIdx.x; k < cols; k += 128) {
       const double w =
           exact ? (double)exact[(size_t)row * cols + k] : (double)from_bf16(weights[(size_t)row * stride + k]);
-      const double product = w * load(x, (size_t)m * x_stride + k, x_type);
-      sum += product, magnitude += fabs(product);
+      const double value = load(x, (size_t)m * x_stride + k, x_type), product = w * value;
+      sum += product, magnitude += fabs(spread ? spread[(size_t)row * cols + k] * value : product);
     }
     sums[threadIdx.x] = sum, all[threadIdx.x] = magnitude;
     __syncthreads();

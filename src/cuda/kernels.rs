@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
@@ -30,6 +30,10 @@ pub(super) struct Kernels {
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
     packed: Vec<(Family, PackedKernels)>,
+    /// Those of ggml's block formats, which are loaded when one is first asked for.
+    blocks: OnceLock<Vec<(Family, PackedKernels)>>,
+    /// Dynamic shared memory that a block may have.
+    shared: i32,
     /// Pinned memory for uploads.
     pub staging: Mutex<Option<Staging>>,
     pub scratch: Scratch,
@@ -82,7 +86,7 @@ impl Kernels {
         let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
         let (decode, repair) = (module(image::DECODE)?, module(image::REPAIR)?);
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
-        let packed = Family::ALL.into_iter().map(|family| {
+        let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
             Ok((family, PackedKernels::load(family, module, shared)?))
         });
@@ -93,6 +97,8 @@ impl Kernels {
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
+            blocks: OnceLock::new(),
+            shared,
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
             processors: processors as usize,
@@ -101,9 +107,24 @@ impl Kernels {
         })
     }
 
+    fn blocks(&self) -> Result<&Vec<(Family, PackedKernels)>> {
+        if let Some(loaded) = self.blocks.get() {
+            return Ok(loaded);
+        }
+        let module = driver(self.context.load_module(Ptx::from_binary(image::KQUANT.to_vec())))?;
+        let load = |ty| {
+            let family = Family::Blocks(ty);
+            Ok((family, PackedKernels::load(family, &module, self.shared)?))
+        };
+        let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
+        // Another thread may have been quicker; both loaded the same.
+        Ok(self.blocks.get_or_init(|| loaded))
+    }
+
     /// The kernels of a layout.
     pub fn packed(&self, family: Family) -> Result<&PackedKernels> {
-        let kernels = self.packed.iter().find(|(of, _)| *of == family);
+        let list = if family.blocks() { self.blocks()? } else { &self.packed };
+        let kernels = list.iter().find(|(of, _)| *of == family);
         kernels.map(|(_, kernels)| kernels).ok_or_else(|| Error::Unsupported(format!("no kernels for {family:?}")))
     }
 }

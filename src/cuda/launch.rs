@@ -54,12 +54,16 @@ impl LaunchShape {
         programmatic: bool,
     ) -> Option<LaunchShape> {
         let columns = batch * parts;
-        let kernel = [8, 16, 32, 64].iter().position(|&most| columns <= most)?;
+        let products = &kernels.packed(family).ok()?.products;
+        let kernel = match columns {
+            1 if products.len() > 4 => 4,
+            _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
+        };
         let (unit, trailer) = family.bytes();
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
-        let (room, processors) = (kernels.packed(family).ok()?.products[kernel].1, kernels.processors);
+        let (room, processors) = (products.get(kernel)?.1, kernels.processors);
         let slot = (Family::UNITS * (unit + trailer)).next_multiple_of(128);
-        let shape = if kernel < 2 {
+        let shape = if columns <= 16 {
             let keep = if columns <= 4 { 8 } else { 32 / columns };
             let besides = |slabs: usize| {
                 let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;

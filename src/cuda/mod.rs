@@ -24,6 +24,7 @@ mod decode;
 mod family;
 mod gemm;
 mod kernels;
+mod kquant;
 mod launch;
 mod memory;
 mod multiply;

@@ -33,6 +33,15 @@ impl fmt::Debug for Packed {
     }
 }
 
+/// A dtype as `kernels/activations.cuh` numbers it.
+pub(super) fn kind_of(dtype: Dtype) -> i32 {
+    match dtype {
+        Dtype::Bf16 => 0,
+        Dtype::F16 => 1,
+        _ => 2,
+    }
+}
+
 impl Packed {
     pub fn geometry(&self) -> Geometry {
         self.geometry
@@ -56,14 +65,14 @@ impl Packed {
 
     /// The dtypes that [`Packed::decode_rows`] writes.
     pub fn decodes_to(&self, dtype: Dtype) -> bool {
-        dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16
+        dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16 || self.family.blocks()
     }
 
     /// Enqueues the decoding of rows, which start at a multiple of 16.
     pub fn decode_rows(&self, rows: Range<usize>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
         let whole = rows.end == height || rows.end.is_multiple_of(TILE_ROWS);
-        let fits = rows.end <= height && rows.len() * cols * 2 <= out.len();
+        let fits = rows.end <= height && rows.len() * cols * dtype.size() <= out.len();
         if !whole || !rows.start.is_multiple_of(TILE_ROWS) || !fits || !self.decodes_to(dtype) {
             return Err(Error::Invalid(format!("rows {rows:?} of a packed matrix into {} bytes", out.len())));
         }
@@ -73,12 +82,15 @@ impl Packed {
         }
         let stream = self.device.cuda_stream();
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
-        let (nothing, kind) = (0u64, i32::from(dtype == Dtype::F16));
+        let (nothing, kind) = (0u64, kind_of(dtype));
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.decode);
-        launch.arg(&self.weights).arg(&self.overflow);
+        launch.arg(&self.weights);
+        if !self.family.blocks() {
+            launch.arg(&self.overflow);
+        }
         match &self.row_scale {
             Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() => _ = launch.arg(&nothing),
+            None if self.family.scaled() && !self.family.blocks() => _ = launch.arg(&nothing),
             None => {}
         }
         launch.arg(out);
@@ -92,15 +104,20 @@ impl Packed {
         Ok(())
     }
 
-    /// What [`Packed::decode_ids`] writes.
-    pub fn ids_dtype(&self) -> Dtype {
-        if self.family.scaled() { Dtype::F32 } else { Dtype::Bf16 }
+    /// What [`Packed::decode_ids`] writes, of a layout that is asked for `dtype`.
+    pub fn ids_dtype(&self, dtype: Dtype) -> Dtype {
+        match self.family {
+            Family::Blocks(_) => dtype,
+            Family::Fixed => Dtype::Bf16,
+            _ => Dtype::F32,
+        }
     }
 
-    /// Enqueues the decoding of the rows that `ids` name. An id outside the matrix gives zeros.
-    pub fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()> {
+    /// Enqueues the decoding of the rows that `ids` name to [`Packed::ids_dtype`]. An id outside the matrix gives zeros.
+    pub fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>, dtype: Dtype) -> Result<()> {
         let Geometry { rows, cols } = self.geometry;
-        if ids.len() * cols * self.ids_dtype().size() > out.len() {
+        let (dtype, kind) = (self.ids_dtype(dtype), kind_of(dtype));
+        if ids.len() * cols * dtype.size() > out.len() {
             return Err(Error::Invalid(format!("{} rows of a packed matrix into {} bytes", ids.len(), out.len())));
         }
         if ids.is_empty() {
@@ -110,13 +127,20 @@ impl Packed {
         let grid = (ids.len() as u32, stages(cols) as u32, 1);
         let (rows, cols, nothing) = (rows as i32, cols as i32, 0u64);
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.ids);
-        launch.arg(&self.weights).arg(&self.overflow);
+        launch.arg(&self.weights);
+        if !self.family.blocks() {
+            launch.arg(&self.overflow);
+        }
         match &self.row_scale {
             Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() => _ = launch.arg(&nothing),
+            None if self.family.scaled() && !self.family.blocks() => _ = launch.arg(&nothing),
             None => {}
         }
-        launch.arg(ids).arg(out).arg(&rows).arg(&cols).arg(&cols);
+        launch.arg(ids).arg(out);
+        if self.family.blocks() {
+            launch.arg(&kind);
+        }
+        launch.arg(&rows).arg(&cols).arg(&cols);
         // SAFETY: a block for each id and stage; `out` has a row for each id.
         driver(unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (256, 1, 1), shared_mem_bytes: 0 }) })?;
         Ok(())

@@ -5,7 +5,7 @@ use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use super::launch::{LaunchShape, launch, programmatic};
-use super::packed::Packed;
+use super::packed::{Packed, kind_of};
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
@@ -43,11 +43,8 @@ impl Packed {
     /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`, with fused kernels: false, with nothing done, if there are
     /// too many rows for them.
     pub fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
-        let (parts, kind) = match dtype {
-            Dtype::Bf16 => (1, 0),
-            Dtype::F16 => (2, 1),
-            _ => (3, 2),
-        };
+        let kind = kind_of(dtype);
+        let parts = kind as usize + 1; // columns that a row of activations takes
         let (Geometry { rows, cols }, size) = (self.geometry, dtype.size());
         if batch * cols * size > x.len() || batch * rows * size > y.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));

@@ -84,6 +84,11 @@ impl CudaWeight {
         Ok(CudaWeight { kept: Kept::Stream(stream), dtype })
     }
 
+    /// What is kept of a matrix of that dtype.
+    pub(super) fn of(kept: Kept, dtype: Dtype) -> CudaWeight {
+        CudaWeight { kept, dtype }
+    }
+
     /// The shape of the matrix.
     pub fn geometry(&self) -> Geometry {
         match &self.kept {
@@ -118,7 +123,7 @@ impl CudaWeight {
             Kept::Stream(_) => GpuLayout::Rans,
             Kept::Packed(packed) => match packed.family() {
                 Family::Fixed => GpuLayout::Fixed,
-                Family::Int8 | Family::Int5 | Family::Int4 => GpuLayout::Integers,
+                _ => GpuLayout::Integers,
             },
         }
     }
@@ -244,13 +249,15 @@ impl CudaWeight {
         let mut out = self.alloc::<T>(values, "embeddings")?;
         match &self.kept {
             Kept::Stream(stream) => stream.decode_ids(ids, T::DTYPE, &mut bytes_mut(&mut out)?)?,
-            Kept::Packed(packed) if T::DTYPE == packed.ids_dtype() && T::DTYPE == self.dtype => {
-                packed.decode_ids(ids, &mut bytes_mut(&mut out)?)?;
+            Kept::Packed(packed)
+                if T::DTYPE == packed.ids_dtype(T::DTYPE) && (T::DTYPE == self.dtype || packed.family().blocks()) =>
+            {
+                packed.decode_ids(ids, &mut bytes_mut(&mut out)?, T::DTYPE)?;
             }
             Kept::Packed(packed) => {
-                let from = packed.ids_dtype();
+                let from = packed.ids_dtype(T::DTYPE);
                 self.kernels().scratch.workspace(self.device(), from.size() * values, |aside| {
-                    packed.decode_ids(ids, &mut aside.as_view_mut())?;
+                    packed.decode_ids(ids, &mut aside.as_view_mut(), T::DTYPE)?;
                     self.convert(&aside.as_view(), from, &mut bytes_mut(&mut out)?, values, T::DTYPE)
                 })?;
             }

@@ -76,15 +76,7 @@ impl KQuantMatrix {
         executor: &impl Executor,
         done: &(dyn Fn(Range<usize>) + Sync),
     ) -> Result<KQuantMatrix> {
-        let row_bytes = ty.row_bytes(cols).ok_or_else(|| {
-            let allowed = format!("rows of whole {ty} blocks: a multiple of {} columns", ty.block_len());
-            Error::field("shape", format!("{rows}x{cols}"), allowed)
-        })?;
-        if row_bytes.checked_mul(rows) != Some(blocks.len()) || row_bytes == 0 {
-            let text =
-                format!("{} bytes are no {rows}x{cols} matrix of {ty}, which has {row_bytes} a row", blocks.len());
-            return Err(Error::Invalid(text));
-        }
+        let row_bytes = row_bytes(ty, rows, cols, blocks.len())?;
         let row = |r: usize| &blocks[order(r) * row_bytes..][..row_bytes];
         let strip_bytes = with_format!(ty, F => F::strip_bytes(cols / F::LEN), _ => 0);
         let store = if strip_bytes == 0 {
@@ -274,6 +266,19 @@ impl KQuantMatrix {
         let (rows, cols) = (self.rows, self.cols);
         Err(Error::Invalid(format!("{got} activations are not {m} rows for a {rows}x{cols} matrix")))
     }
+}
+
+/// Bytes of a row of a matrix that `bytes` bytes of blocks are said to hold.
+pub(crate) fn row_bytes(ty: GgmlType, rows: usize, cols: usize, bytes: usize) -> Result<usize> {
+    let row_bytes = ty.row_bytes(cols).ok_or_else(|| {
+        let allowed = format!("rows of whole {ty} blocks: a multiple of {} columns", ty.block_len());
+        Error::field("shape", format!("{rows}x{cols}"), allowed)
+    })?;
+    if row_bytes.checked_mul(rows) != Some(bytes) || row_bytes == 0 {
+        let text = format!("{bytes} bytes are no {rows}x{cols} matrix of {ty}, which has {row_bytes} a row");
+        return Err(Error::Invalid(text));
+    }
+    Ok(row_bytes)
 }
 
 /// `f16`s to `f32`s, many at once: one by one each would ask again whether the CPU has an instruction for it.

@@ -216,7 +216,7 @@ impl CustomOp1 for Transposed<'_> {
 
 /// Rows of a table on a GPU.
 #[cfg(feature = "cuda")]
-struct TableRows<'a>(&'a crate::cuda::CudaWeight, candle_core::DType);
+pub(super) struct TableRows<'a>(pub &'a crate::cuda::CudaWeight, pub candle_core::DType);
 
 #[cfg(feature = "cuda")]
 impl CustomOp1 for TableRows<'_> {

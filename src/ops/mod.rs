@@ -8,7 +8,7 @@ mod place;
 
 pub(crate) use attention::{causal_attention, gated, rope};
 pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
-pub use kquant_linear::{KQuantMatmul, kquant_linear, kquant_linears};
+pub use kquant_linear::{Blocks, KQuantMatmul, kquant_linear, kquant_linears};
 
 impl From<crate::Error> for candle_core::Error {
     fn from(error: crate::Error) -> Self {
