@@ -1,6 +1,7 @@
 // Layouts of ggml's block formats (kquant.cuh): made from a file's blocks, turned back into weights, multiplied.
 #include "kquant_decode.cuh"
 #include "kquant_formats.cuh"
+#include "kquant_warpgroup.cuh"
 #include "product.cuh"
 #include "wide.cuh"
 
@@ -34,6 +35,19 @@ using namespace taper;
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) NAME##_product_64(const __grid_constant__ Product p) { \
     wide_product<L, 8>(p);                                                                                           \
+  }                                                                                                                  \
+  /* The power of two for each row that the next two need. */                                                        \
+  extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) {  \
+    group_row_scales<L>(blocks, cols, out);                                                                          \
+  }                                                                                                                  \
+  /* Compute capability 9.0 only (code for sm_90a); elsewhere they do nothing. */                                    \
+  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)                                                  \
+      NAME##_warpgroup_32(const __grid_constant__ Product p) {                                                       \
+    group_warpgroup_product<L, 4>(p);                                                                                \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)                                                  \
+      NAME##_warpgroup_64(const __grid_constant__ Product p) {                                                       \
+    group_warpgroup_product<L, 8>(p);                                                                                \
   }
 
 KQUANT_LAYOUT(q4_k, LayoutQ4K)

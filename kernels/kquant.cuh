@@ -36,7 +36,7 @@ struct Codes {
   static_assert(BITS >= 2 && BITS <= 6, "");
   static constexpr bool NIBBLES = BITS >= 4, PAIRS = BITS != 4 && BITS != 5, ONES = BITS == 3 || BITS == 5;
   static constexpr int PAIRS_AT = NIBBLES ? 1024 : 0, ONES_AT = PAIRS_AT + (PAIRS ? 512 : 0),
-                       BYTES = 256 * BITS, MAGIC = 128;
+                       BYTES = 256 * BITS, MAGIC = 128, SECOND = 4;  // shift of the second row's codes in in_place
   struct Raw {
     uint2 nibbles;
     uint32_t pairs, ones;
@@ -48,11 +48,12 @@ struct Codes {
     if (ONES) raw.ones = lds16(at + ONES_AT + 64 * j + 2 * lane);
     return raw;
   }
+  // The bits of `mask`, moved from bit `from` to bit `to`.
+  __device__ __forceinline__ static uint32_t field(uint32_t word, int from, int to, uint32_t mask) {
+    return (from > to ? word >> (from - to) : word << (to - from)) & mask << to;
+  }
   // a[p]: two bf16, 128 + code.
   __device__ __forceinline__ static void expand(const Raw& raw, uint32_t magic, uint32_t (&a)[8]) {
-    const auto field = [](uint32_t word, int from, int to, uint32_t mask) {
-      return (from > to ? word >> (from - to) : word << (to - from)) & mask << to;
-    };
     const uint32_t ones = ONES ? __byte_perm(raw.ones, 0, 0x4140) : 0;
 #pragma unroll
     for (int p = 0; p < 8; p++) {
@@ -60,6 +61,18 @@ struct Codes {
       if (NIBBLES) a[p] |= field(p < 4 ? raw.nibbles.x : raw.nibbles.y, 4 * (p & 3), 0, 0x000F000Fu);
       if (PAIRS) a[p] |= field(raw.pairs, 2 * p, NIBBLES ? 4 : 0, 0x00030003u);
       if (ONES) a[p] |= field(ones, p, BITS - 1, 0x00010001u);
+    }
+  }
+  // a[p]: two f16, code * 2^-24 in the first row, code * 2^-20 in the second.
+  __device__ __forceinline__ static void in_place(const Raw& raw, uint32_t (&a)[8]) {
+    const uint32_t ones = ONES ? __byte_perm(raw.ones, 0, 0x4140) : 0;
+#pragma unroll
+    for (int p = 0; p < 8; p++) {
+      const int to = SECOND * (p & 1);
+      a[p] = 0;
+      if (NIBBLES) a[p] |= field(p < 4 ? raw.nibbles.x : raw.nibbles.y, 4 * (p & 3), to, 0x000F000Fu);
+      if (PAIRS) a[p] |= field(raw.pairs, 2 * p, to + (NIBBLES ? 4 : 0), 0x00030003u);
+      if (ONES) a[p] |= field(ones, p, to + BITS - 1, 0x00010001u);
     }
   }
   // codes[2 p + half] of vector j.
@@ -80,7 +93,7 @@ struct Codes {
 
 template <>
 struct Codes<8> {
-  static constexpr int BYTES = 2048, MAGIC = 0;
+  static constexpr int BYTES = 2048, MAGIC = 0, SECOND = 0;
   using Raw = uint4;
   __device__ __forceinline__ static Raw load(uint32_t at, int lane, int j) { return lds128(at + 512 * j + 16 * lane); }
   // Bytes are kept with their highest bit flipped: n + 128. Its lower bits and 128 are one bf16, and what must be taken
@@ -92,6 +105,15 @@ struct Codes<8> {
       const uint32_t two = __byte_perm(words[p / 2], 0, p & 1 ? 0x4341 : 0x4240), low = (two & 0x007F007Fu) | magic,
                      away = (two & 0x00800080u) ^ 0xC380C380u;
       asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(low), "r"(TWO_1), "r"(away));
+    }
+  }
+  // a[p]: two f16, (n + 128) * 2^-24.
+  __device__ __forceinline__ static void in_place(const Raw& raw, uint32_t (&a)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int p = 0; p < 8; p += 2) {
+      a[p] = words[p / 2] & 0x00FF00FFu;
+      a[p + 1] = words[p / 2] >> 8 & 0x00FF00FFu;
     }
   }
   __device__ __forceinline__ static void store(uint8_t* at, int lane, int j, const uint8_t (&codes)[16]) {
@@ -121,6 +143,7 @@ __device__ __forceinline__ float times(uint32_t word, int byte, float d, int zer
 // scale | (minimum / 16) << 6, then a halfword of the minima's low nibbles: 0 and 2, 1 and 3.
 struct Six {
   static constexpr int GROUP = 32, BYTES = 96, TRAILER = 256;
+  static constexpr int MOST = 63;  // of the integers
   static constexpr bool MINS = true;
   uint32_t scales[2], mins[2];
   float d[2], dmin[2];
@@ -133,6 +156,10 @@ struct Six {
       mins[h] = (word >> 2 & 0x30303030u) | (low & 0x0F0Fu) | (low << 12 & 0x0F0F0000u);
       d[h] = half_to_float(ds & 0xFFFF), dmin[h] = half_to_float(ds >> 16);
     }
+  }
+  // Times factors: scales and minima of row g, of row g+8.
+  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) {
+    d[0] *= s0, d[1] *= s1, dmin[0] *= m0, dmin[1] *= m1;
   }
   template <bool EXACT>
   __device__ __forceinline__ void of(int group, int h, float& scale, float& min) const {
@@ -155,6 +182,7 @@ struct Six {
 // A signed byte for each of eight groups of 16, kept with 128 added, times a superblock's f16 `d`.
 struct SignedBytes {
   static constexpr int GROUP = 16, BYTES = 128, TRAILER = 128;
+  static constexpr int MOST = 128;  // of the integers
   static constexpr bool MINS = false;
   uint2 scales[2];
   float d[2];
@@ -164,6 +192,10 @@ struct SignedBytes {
       scales[h] = lds64(at + 8 * (g + 8 * h));
       d[h] = half_to_float(lds16(trailer + 32 * (u / 2) + 2 * (g + 8 * h)));
     }
+  }
+  // Times factors: scales and minima of row g, of row g+8.
+  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) {
+    d[0] *= s0, d[1] *= s1;
   }
   template <bool EXACT>
   __device__ __forceinline__ void of(int group, int h, float& scale, float& min) const {
@@ -179,6 +211,7 @@ struct SignedBytes {
 // Four bits each for eight groups of 16, times a superblock's `d` and `dmin`.
 struct Fours {
   static constexpr int GROUP = 16, BYTES = 128, TRAILER = 256;
+  static constexpr int MOST = 15;  // of the integers
   static constexpr bool MINS = true;
   uint2 both[2];
   float d[2], dmin[2];
@@ -189,6 +222,10 @@ struct Fours {
       both[h] = lds64(at + 8 * (g + 8 * h));
       d[h] = half_to_float(ds & 0xFFFF), dmin[h] = half_to_float(ds >> 16);
     }
+  }
+  // Times factors: scales and minima of row g, of row g+8.
+  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) {
+    d[0] *= s0, d[1] *= s1, dmin[0] *= m0, dmin[1] *= m1;
   }
   template <bool EXACT>
   __device__ __forceinline__ void of(int group, int h, float& scale, float& min) const {
@@ -207,6 +244,7 @@ struct Fours {
 template <bool HAS_MINS>
 struct Halves {
   static constexpr int GROUP = 32, BYTES = HAS_MINS ? 256 : 128, TRAILER = 0;
+  static constexpr int MOST = 1;
   static constexpr bool MINS = HAS_MINS;
   uint2 scales[2], mins[2];
   __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int g) {
@@ -216,12 +254,16 @@ struct Halves {
       if (MINS) mins[h] = lds64(at + 128 + 8 * (g + 8 * h));
     }
   }
+  float times_scale[2] = {1, 1}, times_min[2] = {1, 1};
+  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) {
+    times_scale[0] = s0, times_scale[1] = s1, times_min[0] = m0, times_min[1] = m1;
+  }
   template <bool EXACT>
   __device__ __forceinline__ void of(int group, int h, float& scale, float& min) const {
     const auto value = [&](const uint2& halves) {
       return half_to_float((group < 2 ? halves.x : halves.y) >> 16 * (group & 1) & 0xFFFF);
     };
-    scale = value(scales[h]), min = MINS ? -value(mins[h]) : 0;
+    scale = value(scales[h]) * times_scale[h], min = MINS ? -value(mins[h]) * times_min[h] : 0;
   }
   template <class Block>
   __device__ static void store(uint8_t* at, uint8_t*, int, int row, Block block) {
@@ -259,7 +301,25 @@ __device__ __forceinline__ constexpr int column_of(int p, int t) {
 }
 
 // ---- products ----
-// total = unit * activations with each weight in three parts: for sums that are not finite.
+// Vector j's weights, over the rows' scales, each in three bf16 parts as activations.cuh has them.
+template <class L>
+__device__ __forceinline__ void exact_parts(const typename L::S& scales, uint32_t at, int lane, int j,
+                                            const float (&inverse)[2], uint32_t (&exact)[3][8]) {
+  uint32_t a[8];
+  L::C::expand(L::C::load(at, lane, j), TWO_128, a);
+#pragma unroll
+  for (int p = 0; p < 8; p++) {
+    float scale, min;
+    scales.template of<true>(L::GROUP == 16 ? 2 * j + (p >> 2) : j, p & 1, scale, min);
+    uint32_t lo[3], hi[3];
+    split(L::value(__uint_as_float(a[p] << 16), scale, min) * inverse[p & 1], 3, lo);
+    split(L::value(__uint_as_float(a[p] & 0xFFFF0000u), scale, min) * inverse[p & 1], 3, hi);
+#pragma unroll
+    for (int s = 0; s < 3; s++) exact[s][p] = __byte_perm(lo[s], hi[s], 0x7632);
+  }
+}
+
+// total = unit * activations with such weights: for sums that are not finite.
 template <class L, int NB, class X>
 __device__ __forceinline__ void multiply_exactly(uint32_t at, uint32_t trailer, int u, int lane,
                                                  float (&total)[NB][4], X x) {
@@ -269,18 +329,8 @@ __device__ __forceinline__ void multiply_exactly(uint32_t at, uint32_t trailer, 
   for (int i = 0; i < NB * 4; i++) total[i / 4][i % 4] = 0;
 #pragma unroll 1
   for (int j = 0; j < 4; j++) {
-    uint32_t a[8], exact[3][8];
-    L::C::expand(L::C::load(at, lane, j), TWO_128, a);
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-      float scale, min;
-      scales.template of<true>(L::GROUP == 16 ? 2 * j + (p >> 2) : j, p & 1, scale, min);
-      uint32_t lo[3], hi[3];
-      split(L::value(__uint_as_float(a[p] << 16), scale, min), 3, lo);
-      split(L::value(__uint_as_float(a[p] & 0xFFFF0000u), scale, min), 3, hi);
-#pragma unroll
-      for (int s = 0; s < 3; s++) exact[s][p] = __byte_perm(lo[s], hi[s], 0x7632);
-    }
+    uint32_t exact[3][8];
+    exact_parts<L>(scales, at, lane, j, {1, 1}, exact);
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
       const uint4 b = x(j, nb);

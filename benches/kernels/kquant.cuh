@@ -89,10 +89,12 @@ struct KQuantKernels;
   struct KQuantKernels<L> {                                                                                          \
     static constexpr const char* NAME = #LAYOUT;                                                                     \
     static constexpr auto repack = LAYOUT##_repack;                                                                  \
+    static constexpr auto row_scales = LAYOUT##_row_scales;                                                          \
     static constexpr auto decode = LAYOUT##_decode;                                                                  \
     static Products products() {                                                                                     \
       return {(void*)LAYOUT##_product_8, (void*)LAYOUT##_product_16, (void*)LAYOUT##_product_32,                     \
-              (void*)LAYOUT##_product_64, nullptr, (void*)LAYOUT##_product_1};                                                                  \
+              (void*)LAYOUT##_product_64, (void*)LAYOUT##_warpgroup_64, (void*)LAYOUT##_product_1,                         \
+              (void*)LAYOUT##_warpgroup_32};                                                                  \
     }                                                                                                                \
   };
 KQUANT_KERNELS(q4_k, LayoutQ4K)
@@ -117,10 +119,10 @@ class KQuantMatrix {
 
   static void prepare(const Device& device) {
     const Products p = KQuantKernels<L>::products();
-    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.single});
+    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.single, p.warpgroup, p.warpgroup_32});
   }
   static bool has_warpgroups(const Device& device, int columns) {
-    return columns > 32 && device.warpgroups && KQuantKernels<L>::products().warpgroup;
+    return columns > 16 && device.warpgroups && KQuantKernels<L>::products().warpgroup;
   }
   static Buffer<uint8_t> make(int rows, int cols, Kind kind, uint64_t seed) {
     const size_t count = (size_t)rows * (cols / LEN);
@@ -134,6 +136,8 @@ class KQuantMatrix {
     bytes_ = (size_t)shape_.tiles * shape_.tile_bytes();
     weights_ = Buffer<uint8_t>(bytes_);
     weights_.fill(0xEE, bytes_);
+    row_scales_ = Buffer<float>(dense.rows);
+    KQuantKernels<L>::row_scales<<<dense.rows, 32>>>(dense.blocks.get(), dense.cols, row_scales_.get());
     for (int row = 0; row < dense.rows; row += block_rows)
       repack(dense.blocks.get(), row, std::min(block_rows, dense.rows - row), nullptr);
     CUDA(cudaGetLastError());
@@ -154,8 +158,20 @@ class KQuantMatrix {
     return true;
   }
   Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
-    return plan_staged(device_, shape_, KQuantKernels<L>::products(), weights_.get(), dense_, batch, x_type,
-                       programmatic, warpgroup);
+    const Products kernels = KQuantKernels<L>::products();
+    Launch launch =
+        plan_staged(device_, shape_, kernels, weights_.get(), dense_, batch, x_type, programmatic, warpgroup);
+    if (warpgroup) {
+      const bool wide = batch * (x_type + 1) > 32;
+      Product& p = launch.product();
+      launch.kernel = wide ? kernels.warpgroup : kernels.warpgroup_32, p.row_scale = row_scales_.get(), p.slots = 3;
+      const auto bytes = [&](int slots) {
+        return wide ? group_warpgroup_bytes<L, 8>(slots) : group_warpgroup_bytes<L, 4>(slots);
+      };
+      while (p.slots < 8 && bytes(p.slots + 1) <= device_.shared_limit) p.slots++;
+      launch.shared_bytes = bytes(p.slots);
+    }
+    return launch;
   }
   // Rows `row` and on from a file's blocks.
   void repack(const uint8_t* blocks, int row, int rows, cudaStream_t stream) const {
@@ -170,6 +186,7 @@ class KQuantMatrix {
   Shape<L> shape_;
   size_t bytes_;
   Buffer<uint8_t> weights_;
+  Buffer<float> row_scales_;
 };
 
 }  // namespace bench

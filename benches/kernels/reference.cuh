@@ -59,10 +59,10 @@ struct Comparison {
   double error, norm;  // sums of squares
 };
 
-// Counts outputs that are wrong: off by more than their own rounding (1% to spare) and 2e-6 of the magnitudes, for f32
-// sums; not NaN or the same infinity where the reference is. Where the type or f32 overflows nothing is asked.
+// Counts outputs that are wrong: off by more than their own rounding (1% to spare) and `allowed` of the magnitudes (2e-6
+// for f32 sums); not NaN or the same infinity where the reference is. Where the type or f32 overflows nothing is asked.
 __global__ void compare_products(const void* y, Type type, int stride, const double* reference,
-                                 const double* magnitudes, int rows, int batch, Comparison* result) {
+                                 const double* magnitudes, int rows, int batch, double allowed, Comparison* result) {
   const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
   if (i >= (size_t)rows * batch) return;
   const int m = i / rows, n = i % rows;
@@ -77,7 +77,7 @@ __global__ void compare_products(const void* y, Type type, int stride, const dou
   else if (isinf(want))
     right = got == want;
   else
-    right = fabs(got - want) <= rounding * 1.01 * fabs(want) + 2e-6 * magnitude + (type == F16 ? 6e-8 : 1e-37);
+    right = fabs(got - want) <= rounding * 1.01 * fabs(want) + allowed * magnitude + (type == F16 ? 6e-8 : 1e-37);
   if (!right) {
     atomicAdd(&result->wrong, 1ULL);
     if (atomicAdd(&result->shown, 1ULL) < 4)

@@ -12,6 +12,7 @@ struct Products {
   const void *to_8, *to_16, *to_32, *to_64;  // by columns of activations
   const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
   const void* single = nullptr;              // one column, where the layout has it
+  const void* warpgroup_32 = nullptr;        // 17 to 32 columns likewise
 };
 
 // The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
