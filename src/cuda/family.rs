@@ -110,8 +110,8 @@ pub(super) struct PackedKernels {
     pub pack: Pack,
     pub decode: CudaFunction,
     pub ids: CudaFunction,
-    /// For up to 8, 16, 32 and 64 columns of activations, and perhaps for exactly one, with the shared memory that each may
-    /// ask for.
+    /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
+    /// have one for exactly one column, and two for compute capability 9.0 and up to 32 and 64 columns.
     pub products: Vec<(CudaFunction, usize)>,
 }
 
@@ -121,7 +121,7 @@ pub(super) enum Pack {
     /// From decoded rows, in two passes.
     Rows { plan: CudaFunction, pack: CudaFunction },
     /// From a file's blocks.
-    Blocks(CudaFunction),
+    Blocks { repack: CudaFunction, row_scales: CudaFunction },
 }
 
 impl PackedKernels {
@@ -130,10 +130,18 @@ impl PackedKernels {
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
         let (pack, columns): (_, &[usize]) = match family.blocks() {
-            true => (Pack::Blocks(other("repack")?), &[8, 16, 32, 64, 1]),
+            true => {
+                let (repack, row_scales) = (other("repack")?, other("row_scales")?);
+                (Pack::Blocks { repack, row_scales }, &[8, 16, 32, 64, 1])
+            }
             false => (Pack::Rows { plan: other("plan")?, pack: other("pack")? }, &[8, 16, 32, 64]),
         };
-        let products = columns.iter().map(product).collect::<Result<_>>()?;
+        let mut products = columns.iter().map(product).collect::<Result<Vec<_>>>()?;
+        if family.blocks() {
+            for columns in [32, 64] {
+                products.push(function(module, &format!("{prefix}_warpgroup_{columns}"), shared)?);
+            }
+        }
         Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products })
     }
 }

@@ -39,6 +39,8 @@ pub(super) struct Kernels {
     pub scratch: Scratch,
     /// Multiprocessors of the GPU.
     pub processors: usize,
+    /// True for compute capability 9.0, whose tensor cores take products of whole warpgroups.
+    pub warpgroups: bool,
     /// True from compute capability 9.0 on, where a kernel may start before the one that it follows has ended.
     pub programmatic: bool,
     context: Arc<CudaContext>,
@@ -102,6 +104,7 @@ impl Kernels {
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
             processors: processors as usize,
+            warpgroups: capability == (9, 0),
             programmatic: capability >= (9, 0),
             context,
         })

@@ -80,12 +80,13 @@ impl Packed {
         let bytes = rows.div_ceil(TILE_ROWS) * tile_bytes(family, cols);
         let weights = device.alloc_zeros::<u8>(bytes).map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let overflow = device.alloc_zeros::<u32>(1)?;
-        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale: None })
+        let row_scale = Some(device.alloc_zeros::<f32>(rows)?);
+        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale })
     }
 
     /// Enqueues the upload and the laying out of `count` rows of blocks from row `start`, a multiple of 16, on.
     fn lay_out(&self, blocks: &[u8], start: usize, count: usize) -> Result<()> {
-        let Pack::Blocks(repack) = &self.kernels.packed(self.family)?.pack else {
+        let Pack::Blocks { repack, row_scales } = &self.kernels.packed(self.family)?.pack else {
             return Err(Error::Invalid(format!("{:?} is not made from blocks", self.family)));
         };
         let (cols, tiles) = (self.geometry.cols, count.div_ceil(TILE_ROWS));
@@ -102,6 +103,14 @@ impl Packed {
         // SAFETY: `raw` holds `count` rows of whole blocks, as `from_blocks` checked, and `target` the bytes of their tiles,
         // which nobody else knows of yet.
         driver(unsafe { launch.launch(config) })?;
+        if let Some(scales) = &self.row_scale {
+            let scales = scales.slice(start..start + count);
+            let mut launch = stream.launch_builder(row_scales);
+            launch.arg(&raw).arg(&columns).arg(&scales);
+            let config = LaunchConfig { grid_dim: (count as u32, 1, 1), block_dim: (32, 1, 1), shared_mem_bytes: 0 };
+            // SAFETY: as above, and a scale for each row.
+            driver(unsafe { launch.launch(config) })?;
+        }
         Ok(())
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct LaunchShape {
     pub keep: usize,
     /// Floats that blocks hand to each other.
     pub partial: usize,
+    /// Whether its kernel takes the scales of rows.
+    pub scaled: bool,
 }
 
 impl LaunchShape {
@@ -56,7 +58,9 @@ impl LaunchShape {
         let columns = batch * parts;
         let products = &kernels.packed(family).ok()?.products;
         let kernel = match columns {
-            1 if products.len() > 4 => 4,
+            1 if family.blocks() => 4,
+            17..=32 if family.blocks() && kernels.warpgroups => 5,
+            33..=64 if family.blocks() && kernels.warpgroups => 6,
             _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
         };
         let (unit, trailer) = family.bytes();
@@ -85,6 +89,26 @@ impl LaunchShape {
                 in_flight: family.in_flight().min(slots),
                 keep,
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+                scaled: !family.blocks(),
+            }
+        } else if kernel >= 5 {
+            let eights = if kernel == 5 { 4 } else { 8 };
+            let besides = (Family::UNITS * UNIT_COLS * 16 + 2048) * eights + 32 * eights + 128;
+            let slots = (room.checked_sub(besides)? / (8 * (unit + trailer + 8))).min(8);
+            if stages > processors || slots < 2 {
+                return None;
+            }
+            LaunchShape {
+                kernel,
+                groups: tiles.min(processors / stages),
+                slabs: stages,
+                threads: 256,
+                shared: besides + slots * 8 * (unit + trailer + 8),
+                slots,
+                in_flight: slots,
+                keep: 0,
+                partial: stages * columns * tiles * TILE_ROWS,
+                scaled: true,
             }
         } else {
             let besides = 256 + 2 * 8 * columns * 80;
@@ -102,6 +126,7 @@ impl LaunchShape {
                 in_flight: slots,
                 keep: 0,
                 partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
+                scaled: !family.blocks(),
             }
         };
         (4 * shape.partial <= super::scratch::WORKSPACE && shape.groups > 0).then_some(shape)

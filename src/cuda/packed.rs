@@ -23,7 +23,7 @@ pub(super) struct Packed {
     pub(super) geometry: Geometry,
     pub(super) weights: CudaSlice<u8>,
     pub(super) overflow: CudaSlice<u32>,
-    /// A factor for each row.
+    /// A factor for each row; of block formats for the warpgroup kernels alone, whose weights are divided by it.
     pub(super) row_scale: Option<CudaSlice<f32>>,
 }
 
@@ -87,11 +87,11 @@ impl Packed {
         launch.arg(&self.weights);
         if !self.family.blocks() {
             launch.arg(&self.overflow);
-        }
-        match &self.row_scale {
-            Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() && !self.family.blocks() => _ = launch.arg(&nothing),
-            None => {}
+            match &self.row_scale {
+                Some(scale) => _ = launch.arg(scale),
+                None if self.family.scaled() => _ = launch.arg(&nothing),
+                None => {}
+            }
         }
         launch.arg(out);
         if self.family.scaled() {
@@ -130,11 +130,11 @@ impl Packed {
         launch.arg(&self.weights);
         if !self.family.blocks() {
             launch.arg(&self.overflow);
-        }
-        match &self.row_scale {
-            Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() && !self.family.blocks() => _ = launch.arg(&nothing),
-            None => {}
+            match &self.row_scale {
+                Some(scale) => _ = launch.arg(scale),
+                None if self.family.scaled() => _ = launch.arg(&nothing),
+                None => {}
+            }
         }
         launch.arg(ids).arg(out);
         if self.family.blocks() {

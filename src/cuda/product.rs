@@ -66,7 +66,7 @@ impl Packed {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let scale = self.row_scale.as_ref().map(|scale| scale.device_ptr(&stream));
-            let row_scale = scale.as_ref().map_or(0, |(pointer, _)| *pointer);
+            let row_scale = scale.as_ref().filter(|_| shape.scaled).map_or(0, |(pointer, _)| *pointer);
             let (x, _x) = x.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
             let (partial, _partial) = partial.device_ptr_mut(&stream);

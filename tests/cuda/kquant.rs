@@ -102,6 +102,9 @@ fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DT
     assert_eq!(first.len(), m * rows, "{what}");
     // Many rows are multiplied with weights rounded to the activations' dtype.
     let fused = QUANTIZED.contains(&w.ty) && (dtype == DType::F32 || m <= 64);
+    // From 17 columns of activations on, weights may be rounded to F16.
+    let parts = [DType::BF16, DType::F16, DType::F32].iter().position(|&d| d == dtype).unwrap() + 1;
+    let exact = m * parts <= 16;
     let (rounding, largest) = match dtype {
         DType::BF16 => (2f64.powi(-8), 3.38e38),
         DType::F16 => (2f64.powi(-10), 65_504.0),
@@ -129,7 +132,7 @@ fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DT
             assert!(got == sum || got.is_nan() && sum.is_nan(), "{what}: {got}, not {sum} (element {i})");
         } else {
             let weights = if fused || dtype == DType::F32 { 0.0 } else { rounding * size };
-            let allowed = rounding * sum.abs() + weights + 3e-5 * spread + 1e-7;
+            let allowed = rounding * sum.abs() + weights + if exact { 3e-5 } else { 5e-4 } * spread + 1e-7;
             assert!((got - sum).abs() <= allowed, "{what}: {got}, not {sum} of {size} (element {i})");
         }
     }
@@ -138,7 +141,13 @@ fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DT
     let error = norm(&mut first.iter().zip(&sums).map(|(&got, (sum, _))| f64::from(got) - sum));
     let relative = error / norm(&mut sums.iter().map(|(sum, _)| *sum)).max(1e-30);
     if relative.is_finite() && fused {
-        let most = if dtype == DType::F32 { 1e-4 } else { rounding };
+        let most = if dtype != DType::F32 {
+            rounding
+        } else if exact {
+            1e-4
+        } else {
+            1e-3
+        };
         assert!(relative <= most, "{what}: a relative error of {relative:.1e}");
     }
     let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
