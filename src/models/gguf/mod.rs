@@ -14,7 +14,7 @@
 //! ```
 //!
 //! Files of the architectures `llama` (Llama, Mistral and others of the same graph) and `qwen2` are read, as llama.cpp and
-//! candle write them. Weights are laid out for products while the file's pages are let go of, so that memory holds them
+//! candle write them. [`KQuantLlama::from_gguf_on`] runs them on a GPU. Weights are laid out for products while the file's pages are let go of, so that memory holds them
 //! once.
 
 mod config;
