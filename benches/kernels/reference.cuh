@@ -67,7 +67,7 @@ __global__ void compare_products(const void* y, Type type, int stride, const dou
   if (i >= (size_t)rows * batch) return;
   const int m = i / rows, n = i % rows;
   const double got = load(y, (size_t)m * stride + n, type), want = reference[i], magnitude = magnitudes[i];
-  if (type == F16 && fabs(want) > 60000) return;
+  if (type == F16 && fabs(want) + allowed * magnitude > 60000) return;
   if (fabs(want) > 3e38 && !isinf(want)) return;
   if (magnitude > 3e38 && !isinf(magnitude)) return;
   const double rounding = type == BF16 ? 1.0 / 256 : type == F16 ? 1.0 / 2048 : 1e-7;
