@@ -1,11 +1,11 @@
 //! Host memory to the GPU through two pinned buffers: one is filled while the other travels.
 #![allow(unsafe_code)]
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaContext, CudaSlice, PinnedHostSlice};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, CudaViewMut, PinnedHostSlice, sys};
 
 use super::kernels::{Kernels, driver, out_of_memory};
 use crate::Result;
@@ -13,14 +13,49 @@ use crate::Result;
 /// Bytes of each buffer.
 const CHUNK: usize = 8 << 20;
 
+/// Pinned memory, and the event that its last journey ends with.
+///
+/// cudarc's own event of a pinned slice does not serve: it is recorded only while a context has streams of its own making,
+/// and candle's devices use the one that each thread has.
+struct Buffer {
+    memory: PinnedHostSlice<u8>,
+    sent: CudaEvent,
+}
+
+impl Buffer {
+    fn new(context: &Arc<CudaContext>) -> Result<Buffer> {
+        let sent = driver(context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC)))?;
+        // SAFETY: bytes are written before they are read; any pattern is a byte.
+        let memory = driver(unsafe { context.alloc_pinned_with_flags::<u8>(CHUNK, 0) })?;
+        Ok(Buffer { memory, sent })
+    }
+
+    /// Fills the buffer, as soon as its last journey is over, and enqueues the next one.
+    fn send(&mut self, stream: &CudaStream, chunk: &[u8], target: &mut CudaViewMut<u8>) -> Result<()> {
+        use cudarc::driver::DevicePtrMut;
+        driver(self.sent.synchronize())?;
+        let bytes = &mut driver(self.memory.as_mut_slice())?[..chunk.len()];
+        bytes.copy_from_slice(chunk);
+        let (to, _written) = target.device_ptr_mut(stream);
+        // SAFETY: the target holds as many bytes; the buffer lives, and is left alone, until the event says that they are there.
+        let enqueued = driver(unsafe { cudarc::driver::result::memcpy_htod_async(to, bytes, stream.cu_stream()) });
+        driver(self.sent.record(stream))?;
+        enqueued
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        _ = self.sent.synchronize();
+    }
+}
+
 /// The buffers.
-pub(super) struct Staging([PinnedHostSlice<u8>; 2]);
+pub(super) struct Staging([Buffer; 2]);
 
 impl Staging {
-    fn new(context: &std::sync::Arc<CudaContext>) -> Result<Staging> {
-        // SAFETY: bytes are written before they are read; any pattern is a byte.
-        let buffer = || driver(unsafe { context.alloc_pinned_with_flags::<u8>(CHUNK, 0) });
-        Ok(Staging([buffer()?, buffer()?]))
+    fn new(context: &Arc<CudaContext>) -> Result<Staging> {
+        Ok(Staging([Buffer::new(context)?, Buffer::new(context)?]))
     }
 }
 
@@ -35,29 +70,8 @@ pub(super) fn upload(device: &CudaDevice, kernels: &Kernels, bytes: &[u8]) -> Re
     }
     let Some(Staging(buffers)) = &mut *slot else { return Ok(target) };
     for (index, chunk) in bytes.chunks(CHUNK).enumerate() {
-        let buffer = &mut buffers[index % 2];
-        // Waits until the buffer's last journey is over.
-        driver(buffer.as_mut_slice())?[..chunk.len()].copy_from_slice(chunk);
         let mut part = target.slice_mut(index * CHUNK..index * CHUNK + chunk.len());
-        // The buffer is longer than the last chunk: copies are as long as their target allows.
-        copy(device, buffer, chunk.len(), &mut part)?;
+        buffers[index % 2].send(&stream, chunk, &mut part)?;
     }
     Ok(target)
-}
-
-/// Enqueues the copy of the first `length` bytes of a pinned buffer.
-fn copy(
-    device: &CudaDevice,
-    buffer: &PinnedHostSlice<u8>,
-    length: usize,
-    target: &mut cudarc::driver::CudaViewMut<u8>,
-) -> Result<()> {
-    use cudarc::driver::{DevicePtrMut, HostSlice};
-    let stream = device.cuda_stream();
-    // SAFETY: both sides hold `length` bytes, and the guards record the events that later uses wait for.
-    unsafe {
-        let (from, _sent) = buffer.stream_synced_slice(&stream);
-        let (to, _written) = target.device_ptr_mut(&stream);
-        driver(cudarc::driver::result::memcpy_htod_async(to, &from[..length], stream.cu_stream()))
-    }
 }
