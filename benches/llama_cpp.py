@@ -46,6 +46,8 @@ def measure(args):
     """In the environment: times one file with one setting."""
     import ctypes
 
+    # This file has the package's name, and its folder comes first.
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     import llama_cpp as c
 
     # Errors still come as return values.

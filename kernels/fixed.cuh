@@ -18,6 +18,7 @@ namespace taper {
 
 struct Fixed {
   static constexpr int UNITS = 8, UNIT_BYTES = 3072, EXTRA = 8, TRAILER = 8 + EXTRA + 4 * ENTRIES;
+  static constexpr int GROUP = 0;
   static constexpr bool SCALED = false;
 
   struct Unit {

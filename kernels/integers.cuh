@@ -31,6 +31,7 @@ __device__ __forceinline__ bool small_integer(uint32_t bf16, int lo, int hi, int
 
 struct Integers {
   static constexpr int UNITS = 8, EXTRA = 40, TRAILER = 8 + EXTRA + 4 * ENTRIES;
+  static constexpr int GROUP = 0;
   static constexpr bool SCALED = true;
   __device__ __forceinline__ static float unit_scale(uint32_t trailer, int u) { return lds_float(trailer + 8 + 4 * u); }
 };

@@ -1,5 +1,6 @@
 // One unit times its activations, on tensor cores.
 #pragma once
+#include "kquant.cuh"
 #include "ring.cuh"
 
 namespace taper {
@@ -9,6 +10,10 @@ namespace taper {
 template <class L, int NB, class X>
 __device__ __forceinline__ void multiply_unit(uint32_t at, uint32_t trailer, int u, int lane, const uint32_t* overflow,
                                               float (&c0)[NB][4], float (&c1)[NB][4], X x) {
+  if constexpr (L::GROUP != 0) {
+    multiply_groups<L, NB>(at, trailer, u, lane, c0, x, x);
+    return;
+  } else {
   const auto products = [&](float (&d0)[NB][4], float (&d1)[NB][4]) {
     decode_unit<L>(at, trailer, u, lane, overflow, [&](int j, const uint32_t (&a)[8]) {
 #pragma unroll
@@ -27,11 +32,16 @@ __device__ __forceinline__ void multiply_unit(uint32_t at, uint32_t trailer, int
     for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] += scale * (d0[i / 4][i % 4] + d1[i / 4][i % 4]);
   } else
     products(c0, c1);
+  }
 }
 // The same with one sum for each element, for products with many columns.
 template <class L, int NB, class X>
 __device__ __forceinline__ void multiply_unit(uint32_t at, uint32_t trailer, int u, int lane, const uint32_t* overflow,
                                               float (&c)[NB][4], X x) {
+  if constexpr (L::GROUP != 0) {
+    multiply_groups<L, NB>(at, trailer, u, lane, c, x, x);
+    return;
+  } else {
   const auto products = [&](float (&d)[NB][4]) {
     decode_unit<L>(at, trailer, u, lane, overflow, [&](int j, const uint32_t (&a)[8]) {
       uint4 b[NB];
@@ -51,6 +61,7 @@ __device__ __forceinline__ void multiply_unit(uint32_t at, uint32_t trailer, int
     for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] += scale * d[i / 4][i % 4];
   } else
     products(c);
+  }
 }
 
 }  // namespace taper

@@ -47,6 +47,31 @@ __host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int 
          columns * activation_stride(slab_width<L>(cols, slabs));
 }
 
+// Activations of vector j as B fragments: 16 bytes of a row of x from column 32j + 8t on, or with groups of 16 the two
+// times 8 bytes that column_of in kquant.cuh says. `at` is where the lane's first are.
+template <class L>
+__host__ __device__ constexpr int lane_bytes() {
+  return L::GROUP == 16 ? 8 : 16;
+}
+template <class L>
+__device__ __forceinline__ uint4 lds_fragment(uint32_t at) {
+  if constexpr (L::GROUP != 16) return lds128(at);
+  const uint2 low = lds64(at), high = lds64(at + 32);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+// One column's fragment with groups as columns (multiply_single), from the address of the unit's first: zeros where
+// vector j is not of column g's group.
+template <class L>
+__device__ __forceinline__ uint4 single_fragment(uint32_t at, uint32_t zeros, int j, int g) {
+  if constexpr (L::GROUP != 16) return lds128(g == j ? at + j * 64 : zeros);
+  const uint2 low = lds64(g == 2 * j ? at + j * 64 : zeros), high = lds64(g == 2 * j + 1 ? at + j * 64 + 32 : zeros);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+// b[j] where j is not known at compile time in one place, and the array stays in registers for that.
+__device__ __forceinline__ uint4 pick(int j, const uint4& b0, const uint4& b1, const uint4& b2, const uint4& b3) {
+  return j < 2 ? j == 0 ? b0 : b1 : j == 2 ? b2 : b3;
+}
+
 // What one block works on.
 template <class L>
 struct Part {

@@ -134,7 +134,7 @@ struct WarpUnits {
     const uint32_t to = base + fill * warp_slot_bytes<L>(), bar = bars + 8 * fill;
     mbarrier_expect(bar, L::UNIT_BYTES + L::TRAILER);
     bulk_copy(to, src + unit * L::UNIT_BYTES, L::UNIT_BYTES, bar, policy);
-    bulk_copy(to + L::UNIT_BYTES, src + units * L::UNIT_BYTES, L::TRAILER, bar, policy);
+    if (L::TRAILER) bulk_copy(to + L::UNIT_BYTES, src + units * L::UNIT_BYTES, L::TRAILER, bar, policy);
     if (++unit == last) unit = first, tile += 4;
     fill = (int)fill == slots - 1 ? 0 : fill + 1;
   }

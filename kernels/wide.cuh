@@ -72,18 +72,25 @@ struct WideRing : Ring<L> {
 #endif
 
 // The B fragments of this warp's unit: b[j][nb] is vector j of column 8 nb + g. Columns past the last repeat it.
-template <int NB>
+template <class L, int NB>
 __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product& p, int first, int width, int columns,
                                                uint32_t staging, int tid) {
-  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, k = first + warp * UNIT_COLS + t * 8;
+  const int lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, k = first + warp * UNIT_COLS;
   if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
     if (warp * UNIT_COLS < width) {
 #pragma unroll
       for (int nb = 0; nb < NB; nb++) {
-        const uint4* from =
-            (const uint4*)((const uint16_t*)p.x + (size_t)min(8 * nb + g, columns - 1) * p.x_stride + k);
+        const uint8_t* from = (const uint8_t*)p.x + ((size_t)min(8 * nb + g, columns - 1) * p.x_stride + k) * 2 +
+                              t * lane_bytes<L>();
 #pragma unroll
-        for (int j = 0; j < 4; j++) b[j][nb] = from[4 * j];
+        for (int j = 0; j < 4; j++, from += 64) {
+          if constexpr (L::GROUP != 16) {
+            b[j][nb] = *(const uint4*)from;
+          } else {
+            const uint2 low = *(const uint2*)from, high = *(const uint2*)(from + 32);
+            b[j][nb] = make_uint4(low.x, low.y, high.x, high.y);
+          }
+        }
       }
     }
     return;
@@ -102,7 +109,8 @@ __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product&
 #pragma unroll
         for (int j = 0; j < 4; j++)
           b[j][nb] =
-              lds128(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 + t * 16);
+              lds_fragment<L>(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 +
+                              t * lane_bytes<L>());
     }
     bar_sync<1, CONSUMER_THREADS>();
   }
@@ -121,14 +129,14 @@ __device__ __forceinline__ void wide_product(const Product& p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   uint4 b[4][NB];
-  load_fragments<NB>(b, p, part.first_col(), part.width(), columns, sums, tid);
+  load_fragments<L, NB>(b, p, part.first_col(), part.width(), columns, sums, tid);
   ring.start(p, part, warp, lane);
   for (int tile = 0; tile < part.tiles; tile++) {
     ring.wait();
     if (warp < units) {
       float c[NB][4] = {};
       multiply_unit<L, NB>(ring.unit(warp), ring.trailer(warp, units), warp, lane, p.overflow, c,
-                           [&](int j, int nb) { return b[j][nb]; });
+                           [&](int j, int nb) { return pick(j, b[0][nb], b[1][nb], b[2][nb], b[3][nb]); });
       const uint32_t mine = sums + (warp * columns * SUM_STRIDE + g) * 4;  // sums[warp][column][row]
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)

@@ -4,11 +4,13 @@
 mod common;
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
-use candle_core::{Device, Module, Tensor};
+use candle_core::{Device, Module, Tensor, Var};
 use candle_taper::codec::kquant::{GgmlType, dequantize};
 use candle_taper::matrix::{KQuantMatrix, RayonExecutor};
+use candle_taper::nn::KQuantLinear;
 use common::kquant::{QUANTIZED, blocks};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
@@ -81,5 +83,49 @@ fn products_are_as_candle_s() {
             let worst = y.iter().zip(&z).map(|(y, z)| (y - z).abs()).fold(0.0, f32::max);
             assert!(worst < 2e-3 * size, "{ty}, {m} rows: {worst} beside {size}");
         }
+    }
+}
+
+/// Gradients of `x·Wᵀ` with respect to `x` are `dY·W` with the dequantised weights, whatever rounding the product had.
+#[test]
+fn gradients_are_those_of_the_dequantised_weights() {
+    for ty in GgmlType::ALL {
+        for (rows, cols, m) in [(1, 256, 1), (70, 512, 3), (200, 768, 9)] {
+            let data = blocks(ty, rows * cols, 21);
+            let mut w = vec![0.0; rows * cols];
+            dequantize(ty, &data, &mut w);
+            let layer = KQuantLinear::new(Arc::new(KQuantMatrix::new(ty, rows, cols, &data).unwrap()), None);
+            let x = Var::randn(0f32, 1.0, (m, cols), &Device::Cpu).unwrap();
+            let dy = Tensor::randn(0f32, 1.0, (m, rows), &Device::Cpu).unwrap();
+            let loss = (layer.forward(&x).unwrap() * &dy).unwrap().sum_all().unwrap();
+            let dx = loss.backward().unwrap().get(&x).unwrap().to_vec2::<f32>().unwrap();
+            for (dx, dy) in dx.iter().zip(dy.to_vec2::<f32>().unwrap()) {
+                for (col, &dx) in dx.iter().enumerate() {
+                    let products = dy.iter().enumerate().map(|(r, &dy)| f64::from(dy) * f64::from(w[r * cols + col]));
+                    let (exact, size) = (products.clone().sum::<f64>(), products.map(f64::abs).sum::<f64>());
+                    let error = (f64::from(dx) - exact).abs();
+                    assert!(error <= 1e-6 * size + 1e-30, "{ty} {rows}x{cols}, column {col}: {dx} for {exact}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tensor_that_candle_quantised_becomes_a_layer() {
+    for ty in QUANTIZED {
+        let weight = Tensor::randn(0f32, 0.1, (48, 512), &Device::Cpu).unwrap();
+        let weight = QTensor::quantize(&weight, dtype(ty)).unwrap();
+        let bias = Tensor::randn(0f32, 1.0, 48, &Device::Cpu).unwrap();
+        let layer = KQuantLinear::from_qtensor(&weight, Some(bias.clone())).unwrap();
+        assert_eq!(layer.matrix().map(|matrix| matrix.ty()), Some(ty));
+        let x = Tensor::randn(0f32, 1.0, (2, 3, 512), &Device::Cpu).unwrap();
+        let dense = weight.dequantize(&Device::Cpu).unwrap();
+        let exact = x.broadcast_matmul(&dense.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+        let y = layer.forward(&x).unwrap();
+        assert_eq!(y.dims(), [2, 3, 48]);
+        let rms = |t: &Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let error = rms(&(&y - &exact).unwrap()) / rms(&exact);
+        assert!(error < 0.02, "{ty}: {error}");
     }
 }

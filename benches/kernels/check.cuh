@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "launch.cuh"
+#include "kquant.cuh"
 #include "reference.cuh"
 
 namespace bench {
@@ -32,9 +32,17 @@ struct Case {
 
 // The matrix of a case; `exact` and `rounded`: what its scaled integers stand for.
 template <class M>
-DenseMatrix make_dense(const Case& c, Buffer<float>& exact, Buffer<uint16_t>& rounded, Type out_type) {
+DenseMatrix make_dense(const Case& c, Buffer<float>& exact, Buffer<uint16_t>& rounded, Buffer<float>& spread,
+                       Type out_type) {
   DenseMatrix dense(c.rows, c.cols, c.cols + c.row_padding);
   const size_t count = (size_t)c.rows * dense.stride, outputs = (size_t)c.rows * c.cols;
+  if constexpr (M::BLOCKS) {
+    dense.blocks = M::make(c.rows, c.cols, c.kind, 11 + c.rows + c.cols);
+    exact = Buffer<float>(outputs), rounded = Buffer<uint16_t>(outputs), spread = Buffer<float>(outputs);
+    dequantize<typename M::Layout><<<1056, 256>>>(dense.blocks.get(), exact.get(), rounded.get(), spread.get(), c.rows,
+                                                  c.cols, out_type);
+    return dense;
+  } else {
   dense.weights = Buffer<uint16_t>(count + 64);
   if constexpr (!M::SCALED) {
     make_weights<<<1056, 256>>>(dense.weights.get(), count, dense.stride, c.kind, 17 + c.rows * 31 + c.cols);
@@ -57,6 +65,7 @@ DenseMatrix make_dense(const Case& c, Buffer<float>& exact, Buffer<uint16_t>& ro
                                 dense.row_scales.get(), exact.get(), rounded.get(), c.rows, c.cols, out_type);
   }
   return dense;
+  }
 }
 
 template <class M>
@@ -67,7 +76,7 @@ class Checker {
         tally_(tally),
         device_(device),
         decoded_type_(c.kind % 2 ? F16 : BF16),
-        dense_(make_dense<M>(c, exact_, rounded_, decoded_type_)),
+        dense_(make_dense<M>(c, exact_, rounded_, spread_, decoded_type_)),
         packed_(device, dense_, c.block_rows) {}
 
   void run() {
@@ -122,7 +131,7 @@ class Checker {
     make_activations<<<blocks_for(x_count), 256>>>(x, x_count, c_.x_type, c_.special_x, 5 + batch);
     make_activations<<<blocks_for(c_.rows), 256>>>(bias.get(), c_.rows, y_type, false, 9);
     const void* added = c_.bias ? bias.get() : nullptr;
-    reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), x, c_.x_type, x_stride, added,
+    reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), spread_.get(), x, c_.x_type, x_stride, added,
                                 y_type, wanted.get(), magnitudes.get(), c_.rows, c_.cols, batch);
     for (const bool warpgroup : {false, true}) {
       if (warpgroup && !M::has_warpgroups(device_, columns)) continue;
@@ -147,8 +156,10 @@ class Checker {
     comparison.fill(0, 1), y.fill(0xFF, bytes);
     const Launch launch = launch_to(y.get()), repeated = launch_to(again.get());
     launch.run(nullptr, programmatic);
+    // Weights of GGUF formats are rounded to f16 there, and magnitudes are 128 times a scale or more.
+    const double allowed = M::BLOCKS && warpgroup ? 2.5e-4 : 2e-6;
     compare_products<<<blocks_for((size_t)c_.rows * batch), 256>>>(y.get(), y_type, y_stride, wanted, magnitudes,
-                                                                   c_.rows, batch, comparison.get());
+                                                                   c_.rows, batch, allowed, comparison.get());
     Comparison result;
     comparison.download(&result, 1);
     tally_.checks++;
@@ -184,7 +195,7 @@ class Checker {
   Tally& tally_;
   const Device& device_;
   Type decoded_type_;
-  Buffer<float> exact_;
+  Buffer<float> exact_, spread_;
   Buffer<uint16_t> rounded_;
   DenseMatrix dense_;
   M packed_;

@@ -144,6 +144,7 @@ struct DenseMatrix {
   Buffer<uint16_t> weights;
   Buffer<float> tile_scales, row_scales;
   int tile_scale_stride = 0;
+  Buffer<uint8_t> blocks;  // instead of weights: rows of a GGUF format's blocks
 
   DenseMatrix(int rows, int cols, int stride) : rows(rows), cols(cols), stride(stride) {}
 };

@@ -13,6 +13,7 @@
 //   data.cuh, reference.cuh     weights and activations; what the kernels must give
 //   launch.cuh                  a planned product
 //   staged.cuh, pair.cuh        matrices in the layouts: packed, decoded, products planned
+//   kquant.cuh                  matrices of GGUF files
 //   code_of_pairs.h             the prefix code of `pair`
 //   check.cuh, cases.cuh        mode `check`
 //   timing.cuh, cublas.cuh,
@@ -32,7 +33,8 @@ static const char* const HELP =
     "  kernels time [LAYOUT]              products beside cuBLAS, decoding and packing; nothing else\n"
     "                                     should use the card meanwhile\n"
     "\n"
-    "LAYOUT     fixed, int8, int5, int4, pair, or integers for the three int; all of them if absent\n"
+    "LAYOUT     fixed, int8, int5, int4, pair, q4_k and so on, or integers for the three int, kquants\n"
+    "           for the formats of GGUF files; all of them if absent\n"
     "--small    a few small matrices only, for compute-sanitizer\n"
     "--help     this\n"
     "\n"
@@ -48,17 +50,28 @@ static int misused(const char* what, const char* argument) {
 template <class Use>
 static bool each_layout(const char* name, const Use& use) {
   bool found = false;
-  const auto offer = [&](auto* matrix, bool integer) {
+  const auto offer = [&](auto* matrix, int family) {
     const char* own = std::remove_pointer_t<decltype(matrix)>::NAME;
-    if (strcmp(name, "all") && strcmp(name, own) && !(integer && !strcmp(name, "integers"))) return;
+    const char* const families[] = {"", "integers", "kquants"};
+    if (strcmp(name, "all") && strcmp(name, own) && strcmp(name, families[family])) return;
     found = true;
     use(matrix);
   };
-  offer((Staged<Fixed>*)nullptr, false);
-  offer((Staged<Int8>*)nullptr, true);
-  offer((Staged<IntN<5>>*)nullptr, true);
-  offer((Staged<IntN<4>>*)nullptr, true);
-  offer((PairMatrix*)nullptr, false);
+  offer((Staged<Fixed>*)nullptr, 0);
+  offer((Staged<Int8>*)nullptr, 1);
+  offer((Staged<IntN<5>>*)nullptr, 1);
+  offer((Staged<IntN<4>>*)nullptr, 1);
+  offer((PairMatrix*)nullptr, 0);
+  offer((KQuantMatrix<LayoutQ4K>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ5K>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ6K>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ80>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ2K>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ3K>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ40>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ41>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ50>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutQ51>*)nullptr, 2);
   return found;
 }
 

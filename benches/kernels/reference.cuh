@@ -26,9 +26,9 @@ __global__ void apply_scales(const uint16_t* integers, int stride, const float* 
 }
 
 // y[m][n] in f64 and the sum of the magnitudes, which bounds the rounding error of any order of summation. A block of
-// 128 threads for each row of weights; `exact`, if any, replaces `weights`.
-__global__ void reference(const uint16_t* weights, int stride, const float* exact, const void* x, Type x_type,
-                          int x_stride, const void* bias, Type bias_type, double* y, double* magnitudes, int rows,
+// 128 threads for each row of weights; `exact`, if any, replaces `weights`, and `spread` in the sum of magnitudes.
+__global__ void reference(const uint16_t* weights, int stride, const float* exact, const float* spread, const void* x,
+                          Type x_type, int x_stride, const void* bias, Type bias_type, double* y, double* magnitudes, int rows,
                           int cols, int batch) {
   const int row = blockIdx.x;
   __shared__ double sums[128], all[128];
@@ -37,8 +37,8 @@ __global__ void reference(const uint16_t* weights, int stride, const float* exac
     for (int k = threadIdx.x; k < cols; k += 128) {
       const double w =
           exact ? (double)exact[(size_t)row * cols + k] : (double)from_bf16(weights[(size_t)row * stride + k]);
-      const double product = w * load(x, (size_t)m * x_stride + k, x_type);
-      sum += product, magnitude += fabs(product);
+      const double value = load(x, (size_t)m * x_stride + k, x_type), product = w * value;
+      sum += product, magnitude += fabs(spread ? spread[(size_t)row * cols + k] * value : product);
     }
     sums[threadIdx.x] = sum, all[threadIdx.x] = magnitude;
     __syncthreads();
@@ -59,15 +59,15 @@ struct Comparison {
   double error, norm;  // sums of squares
 };
 
-// Counts outputs that are wrong: off by more than their own rounding (1% to spare) and 2e-6 of the magnitudes, for f32
-// sums; not NaN or the same infinity where the reference is. Where the type or f32 overflows nothing is asked.
+// Counts outputs that are wrong: off by more than their own rounding (1% to spare) and `allowed` of the magnitudes (2e-6
+// for f32 sums); not NaN or the same infinity where the reference is. Where the type or f32 overflows nothing is asked.
 __global__ void compare_products(const void* y, Type type, int stride, const double* reference,
-                                 const double* magnitudes, int rows, int batch, Comparison* result) {
+                                 const double* magnitudes, int rows, int batch, double allowed, Comparison* result) {
   const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
   if (i >= (size_t)rows * batch) return;
   const int m = i / rows, n = i % rows;
   const double got = load(y, (size_t)m * stride + n, type), want = reference[i], magnitude = magnitudes[i];
-  if (type == F16 && fabs(want) > 60000) return;
+  if (type == F16 && fabs(want) + allowed * magnitude > 60000) return;
   if (fabs(want) > 3e38 && !isinf(want)) return;
   if (magnitude > 3e38 && !isinf(magnitude)) return;
   const double rounding = type == BF16 ? 1.0 / 256 : type == F16 ? 1.0 / 2048 : 1e-7;
@@ -77,7 +77,7 @@ __global__ void compare_products(const void* y, Type type, int stride, const dou
   else if (isinf(want))
     right = got == want;
   else
-    right = fabs(got - want) <= rounding * 1.01 * fabs(want) + 2e-6 * magnitude + (type == F16 ? 6e-8 : 1e-37);
+    right = fabs(got - want) <= rounding * 1.01 * fabs(want) + allowed * magnitude + (type == F16 ? 6e-8 : 1e-37);
   if (!right) {
     atomicAdd(&result->wrong, 1ULL);
     if (atomicAdd(&result->shown, 1ULL) < 4)

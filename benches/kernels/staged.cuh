@@ -11,6 +11,8 @@ using namespace taper;
 struct Products {
   const void *to_8, *to_16, *to_32, *to_64;  // by columns of activations
   const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
+  const void* single = nullptr;              // one column, where the layout has it
+  const void* warpgroup_32 = nullptr;        // 17 to 32 columns likewise
 };
 
 // The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
@@ -67,10 +69,49 @@ INTEGER_KERNELS(int8, Int8, 30, 30)
 INTEGER_KERNELS(int5, IntN<5>, 4.2f, 3.9f)
 INTEGER_KERNELS(int4, IntN<4>, 2, 1.9f)
 
+// How a product of stages of equal size is launched (see kernels/product.cuh and wide.cuh).
+template <class L>
+Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& kernels, const uint8_t* weights,
+                   const DenseMatrix& dense, int batch, Type x_type, bool programmatic, bool warpgroup,
+                   const uint32_t* overflow = nullptr) {
+  constexpr int STAGE = (int)Shape<L>::stage_bytes();
+  const int columns = batch * (x_type + 1), limit = device.shared_limit;  // f16 and f32 take two and three columns
+  Launch launch;
+  Product& p = launch.product();
+  p.weights = weights, p.overflow = overflow, p.row_scale = dense.row_scales.get();
+  p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type, p.keep = tiles_kept(columns);
+  int slabs = 1;
+  if (columns <= 16) {
+    while (product_shared_bytes<L>(dense.cols, slabs, columns, 3) > limit) slabs++;
+    while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
+    const int in_flight = (49152 + STAGE / 2) / STAGE, most = std::min(16, (programmatic ? 3 : 2) * in_flight);
+    p.slots = 3;
+    while (p.slots < most && product_shared_bytes<L>(dense.cols, slabs, columns, p.slots + 1) <= limit) p.slots++;
+    p.in_flight = std::min(in_flight, p.slots);
+    launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16, launch.block = BLOCK;
+    launch.shared_bytes = product_shared_bytes<L>(dense.cols, slabs, columns, p.slots);
+  } else {
+    slabs = shape.stages;
+    p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
+    launch.kernel = columns <= 32 ? kernels.to_32 : kernels.to_64, launch.block = WIDE_BLOCK;
+    while (wide_shared_bytes<L>(columns, p.slots) > limit) p.slots--;
+    launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots);
+  }
+  if (warpgroup)
+    launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L>(p.slots);
+  if (slabs > shape.stages) {
+    fprintf(stderr, "%d slabs of %d stages\n", slabs, shape.stages);
+    exit(1);
+  }
+  launch.split(device, slabs, shape.tiles, columns);
+  return launch;
+}
+
 template <class L>
 class Staged {
  public:
   static constexpr const char* NAME = Kernels<L>::NAME;
+  static constexpr bool BLOCKS = false;
   static constexpr int MOST_COLUMNS = 64;
   static constexpr bool SCALED = L::SCALED;
   static constexpr float SPREAD_CHECK = Kernels<L>::SPREAD_CHECK, SPREAD_TIME = Kernels<L>::SPREAD_TIME;
@@ -120,38 +161,8 @@ class Staged {
   }
 
   Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
-    constexpr int STAGE = (int)Shape<L>::stage_bytes();
-    const Products kernels = Kernels<L>::products();
-    const int columns = batch * (x_type + 1), limit = device_.shared_limit;  // f16 and f32 take two and three columns
-    Launch launch;
-    Product& p = launch.product();
-    p.weights = weights_.get(), p.overflow = overflow_.get(), p.row_scale = dense_.row_scales.get();
-    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type, p.keep = tiles_kept(columns);
-    int slabs = 1;
-    if (columns <= 16) {
-      while (product_shared_bytes<L>(dense_.cols, slabs, columns, 3) > limit) slabs++;
-      while (shape_.tiles * slabs * 2 <= device_.multiprocessors && slabs < shape_.stages) slabs++;
-      const int in_flight = (49152 + STAGE / 2) / STAGE, most = std::min(16, (programmatic ? 3 : 2) * in_flight);
-      p.slots = 3;
-      while (p.slots < most && product_shared_bytes<L>(dense_.cols, slabs, columns, p.slots + 1) <= limit) p.slots++;
-      p.in_flight = std::min(in_flight, p.slots);
-      launch.kernel = columns <= 8 ? kernels.to_8 : kernels.to_16, launch.block = BLOCK;
-      launch.shared_bytes = product_shared_bytes<L>(dense_.cols, slabs, columns, p.slots);
-    } else {
-      slabs = shape_.stages;
-      p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
-      launch.kernel = columns <= 32 ? kernels.to_32 : kernels.to_64, launch.block = WIDE_BLOCK;
-      while (wide_shared_bytes<L>(columns, p.slots) > limit) p.slots--;
-      launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots);
-    }
-    if (warpgroup)
-      launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L>(p.slots);
-    if (slabs > shape_.stages) {
-      fprintf(stderr, "%d slabs of %d stages\n", slabs, shape_.stages);
-      exit(1);
-    }
-    launch.split(device_, slabs, shape_.tiles, columns);
-    return launch;
+    return plan_staged(device_, shape_, Kernels<L>::products(), weights_.get(), dense_, batch, x_type, programmatic,
+                       warpgroup, overflow_.get());
   }
 
   const Shape<L>& shape() const { return shape_; }

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cublas.cuh"
+#include "kquant.cuh"
 #include "pair.cuh"
 #include "staged.cuh"
 #include "timing.cuh"
@@ -57,6 +58,22 @@ void time_conversions(const Staged<L>& packed, const DenseMatrix& dense, const R
     printf(" %d MB: %.2f", megabytes, per_second((double)blocks * rows * dense.cols, us));
   }
   printf(" T weights/s\n");
+}
+
+template <class L>
+void time_conversions(const KQuantMatrix<L>& packed, const DenseMatrix& dense, const Rotation&, const Rotation& copies,
+                      uint16_t* out) {
+  const double weights = (double)dense.rows * dense.cols;
+  const double repack = time_launches(
+      8, [&](int, cudaStream_t stream) { packed.repack(dense.blocks.get(), 0, dense.rows, stream); }, 3);
+  const double decode = time_launches(
+      24,
+      [&](int i, cudaStream_t stream) {
+        packed.decode(copies.of(i), out, BF16, dense.cols, 0, packed.shape().tiles, stream);
+      },
+      5);
+  printf("  repack %.1f us = %.2f T weights/s, decode to memory %.1f us = %.2f T weights/s\n", repack,
+         per_second(weights, repack), decode, per_second(weights, decode));
 }
 
 inline void time_conversions(const PairMatrix& packed, const DenseMatrix& dense, const Rotation&,
@@ -156,11 +173,15 @@ void time_layout(const Device& device, const Cublas& cublas) {
   M::prepare(device);
   for (const auto& [rows, cols] : std::vector<std::pair<int, int>>{
            {6144, 4096}, {4096, 4096}, {14336, 4096}, {28672, 4096}, {4096, 14336}, {8192, 2048}, {2048, 5632}}) {
-    if ((M::SCALED && rows == 6144) || (PAIR && rows == 2048)) continue;
+    if ((M::SCALED && !M::BLOCKS && rows == 6144) || (PAIR && rows == 2048)) continue;
     DenseMatrix dense(rows, cols, cols);
     const size_t count = (size_t)rows * cols;
     dense.weights = Buffer<uint16_t>(count);
-    if constexpr (M::SCALED) {
+    if constexpr (M::BLOCKS) {
+      make_weights<<<1056, 256>>>(dense.weights.get(), count, cols, NORMAL, 1);  // for cuBLAS
+      dense.blocks = M::make(rows, cols, NORMAL, 5);
+      time_matrix<M>(device, cublas, dense, "random blocks", x.get(), y.get());
+    } else if constexpr (M::SCALED) {
       make_integers<<<1056, 256>>>(dense.weights.get(), count, M::SPREAD_TIME, 0, 7);
       dense.row_scales = Buffer<float>(rows);
       make_scales<<<blocks_for(rows), 256>>>(dense.row_scales.get(), rows, 3);

@@ -25,6 +25,7 @@ pub mod kquant;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod rate;
+pub mod softmax;
 mod spread;
 
 /// A set of CPU instructions to decode with.

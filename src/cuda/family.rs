@@ -7,6 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
 
 use super::kernels::function;
 use crate::Result;
+use crate::codec::kquant::GgmlType;
 
 /// Rows and columns of a unit.
 pub(super) const TILE_ROWS: usize = 16;
@@ -23,18 +24,36 @@ pub(super) enum Family {
     Int5,
     /// Integers from −8 to 7 with scales.
     Int4,
+    /// One of ggml's block formats: `kernels/kquant.cuh`.
+    Blocks(GgmlType),
 }
 
 impl Family {
-    pub const ALL: [Family; 4] = [Family::Fixed, Family::Int8, Family::Int5, Family::Int4];
+    /// Those that are made from decoded rows.
+    pub const FROM_ROWS: [Family; 4] = [Family::Fixed, Family::Int8, Family::Int5, Family::Int4];
+
+    /// The block formats that have kernels; others are dequantised.
+    pub const BLOCKS: [GgmlType; 10] = [
+        GgmlType::Q4_K,
+        GgmlType::Q5_K,
+        GgmlType::Q6_K,
+        GgmlType::Q8_0,
+        GgmlType::Q2_K,
+        GgmlType::Q3_K,
+        GgmlType::Q4_0,
+        GgmlType::Q4_1,
+        GgmlType::Q5_0,
+        GgmlType::Q5_1,
+    ];
 
     /// What its kernels' names begin with.
-    pub fn prefix(self) -> &'static str {
+    fn prefix(self) -> String {
         match self {
-            Family::Fixed => "fixed",
-            Family::Int8 => "int8",
-            Family::Int5 => "int5",
-            Family::Int4 => "int4",
+            Family::Fixed => "fixed".into(),
+            Family::Int8 => "int8".into(),
+            Family::Int5 => "int5".into(),
+            Family::Int4 => "int4".into(),
+            Family::Blocks(ty) => ty.name().to_lowercase(),
         }
     }
 
@@ -45,11 +64,30 @@ impl Family {
             Family::Int8 => (2048, 128),
             Family::Int5 => (1280, 128),
             Family::Int4 => (1024, 128),
+            // Codes, then scales of the unit's 16 rows; in the trailer those of superblocks.
+            Family::Blocks(ty) => match ty {
+                GgmlType::Q2_K => (512 + 128, 256),
+                GgmlType::Q3_K => (768 + 128, 128),
+                GgmlType::Q4_K => (1024 + 96, 256),
+                GgmlType::Q5_K => (1280 + 96, 256),
+                GgmlType::Q6_K => (1536 + 128, 128),
+                GgmlType::Q4_0 => (1024 + 128, 0),
+                GgmlType::Q4_1 => (1024 + 256, 0),
+                GgmlType::Q5_0 => (1280 + 128, 0),
+                GgmlType::Q5_1 => (1280 + 256, 0),
+                _ => (2048 + 128, 0),
+            },
         }
     }
 
+    /// Whether its weights have scales, and decode to more than one dtype.
     pub fn scaled(self) -> bool {
         self != Family::Fixed
+    }
+
+    /// Whether it is one of ggml's block formats.
+    pub fn blocks(self) -> bool {
+        matches!(self, Family::Blocks(_))
     }
 
     pub fn stage_bytes(self) -> usize {
@@ -69,36 +107,51 @@ impl Family {
 /// The kernels of one layout.
 #[derive(Debug)]
 pub(super) struct PackedKernels {
-    pub plan: CudaFunction,
-    pub pack: CudaFunction,
+    pub pack: Pack,
     pub decode: CudaFunction,
     pub ids: CudaFunction,
-    /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for.
-    pub products: [(CudaFunction, usize); 4],
-    /// For 33 to 64 columns with whole warpgroups: of layout `fixed`, on compute capability 9.0.
-    pub warpgroups: Option<(CudaFunction, usize)>,
+    /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
+    /// have one for exactly one column, and two for compute capability 9.0 and up to 32 and 64 columns; `fixed` has one for
+    /// it and 64 columns.
+    pub products: Vec<(CudaFunction, usize)>,
+}
+
+/// What makes the layout.
+#[derive(Debug)]
+pub(super) enum Pack {
+    /// From decoded rows, in two passes.
+    Rows { plan: CudaFunction, pack: CudaFunction },
+    /// From a file's blocks.
+    Blocks { repack: CudaFunction, row_scales: CudaFunction },
 }
 
 impl PackedKernels {
     pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32, hopper: bool) -> Result<PackedKernels> {
         let prefix = family.prefix();
-        let product = |columns: usize| function(module, &format!("{prefix}_product_{columns}"), shared);
-        Ok(PackedKernels {
-            plan: function(module, &format!("{prefix}_plan"), 0)?.0,
-            pack: function(module, &format!("{prefix}_pack"), 0)?.0,
-            decode: function(module, &format!("{prefix}_decode"), 0)?.0,
-            ids: function(module, &format!("{prefix}_ids"), 0)?.0,
-            products: [product(8)?, product(16)?, product(32)?, product(64)?],
-            warpgroups: match family {
-                Family::Fixed if hopper => Some(function(module, "fixed_warpgroup_64", shared)?),
-                _ => None,
-            },
-        })
+        let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
+        let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
+        let (pack, columns): (_, &[usize]) = match family.blocks() {
+            true => {
+                let (repack, row_scales) = (other("repack")?, other("row_scales")?);
+                (Pack::Blocks { repack, row_scales }, &[8, 16, 32, 64, 1])
+            }
+            false => (Pack::Rows { plan: other("plan")?, pack: other("pack")? }, &[8, 16, 32, 64]),
+        };
+        let mut products = columns.iter().map(product).collect::<Result<Vec<_>>>()?;
+        if family.blocks() {
+            for columns in [32, 64] {
+                products.push(function(module, &format!("{prefix}_warpgroup_{columns}"), shared)?);
+            }
+        }
+        if family == Family::Fixed && hopper {
+            products.push(function(module, "fixed_warpgroup_64", shared)?);
+        }
+        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products })
     }
 
     /// The product of that number.
     pub fn product(&self, kernel: usize) -> Option<&CudaFunction> {
-        self.products.get(kernel).or(self.warpgroups.as_ref()).map(|(function, _)| function)
+        self.products.get(kernel).map(|(function, _)| function)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
@@ -35,6 +35,10 @@ pub(super) struct Kernels {
     pub repair_scan: CudaFunction,
     packed: Vec<(Family, PackedKernels)>,
     pub pair: PairKernels,
+    /// Those of ggml's block formats, which are loaded when one is first asked for.
+    blocks: OnceLock<Vec<(Family, PackedKernels)>>,
+    /// Dynamic shared memory that a block may have.
+    shared: i32,
     /// Pinned memory for uploads.
     pub staging: Mutex<Option<Staging>>,
     pub scratch: Scratch,
@@ -42,6 +46,8 @@ pub(super) struct Kernels {
     pub side: Mutex<Option<SideStreams>>,
     /// Multiprocessors of the GPU.
     pub processors: usize,
+    /// True for compute capability 9.0, whose tensor cores take products of whole warpgroups.
+    pub warpgroups: bool,
     /// True from compute capability 9.0 on, where a kernel may start before the one that it follows has ended.
     pub programmatic: bool,
     context: Arc<CudaContext>,
@@ -89,7 +95,7 @@ impl Kernels {
         let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
         let (decode, repair, hybrid) = (module(image::DECODE)?, module(image::REPAIR)?, module(image::HYBRID)?);
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
-        let packed = Family::ALL.into_iter().map(|family| {
+        let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
             Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
         });
@@ -104,18 +110,36 @@ impl Kernels {
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
+            blocks: OnceLock::new(),
+            shared,
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
             side: Mutex::new(None),
             processors: processors as usize,
+            warpgroups: capability == (9, 0),
             programmatic: capability >= (9, 0),
             context,
         })
     }
 
+    fn blocks(&self) -> Result<&Vec<(Family, PackedKernels)>> {
+        if let Some(loaded) = self.blocks.get() {
+            return Ok(loaded);
+        }
+        let module = driver(self.context.load_module(Ptx::from_binary(image::KQUANT.to_vec())))?;
+        let load = |ty| {
+            let family = Family::Blocks(ty);
+            Ok((family, PackedKernels::load(family, &module, self.shared, self.warpgroups)?))
+        };
+        let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
+        // Another thread may have been quicker; both loaded the same.
+        Ok(self.blocks.get_or_init(|| loaded))
+    }
+
     /// The kernels of a layout.
     pub fn packed(&self, family: Family) -> Result<&PackedKernels> {
-        let kernels = self.packed.iter().find(|(of, _)| *of == family);
+        let list = if family.blocks() { self.blocks()? } else { &self.packed };
+        let kernels = list.iter().find(|(of, _)| *of == family);
         kernels.map(|(_, kernels)| kernels).ok_or_else(|| Error::Unsupported(format!("no kernels for {family:?}")))
     }
 }

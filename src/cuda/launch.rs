@@ -40,6 +40,8 @@ pub(super) struct LaunchShape {
     pub keep: usize,
     /// Floats that blocks hand to each other.
     pub partial: usize,
+    /// Whether its kernel takes the scales of rows.
+    pub scaled: bool,
 }
 
 impl LaunchShape {
@@ -54,14 +56,20 @@ impl LaunchShape {
         programmatic: bool,
     ) -> Option<LaunchShape> {
         let columns = batch * parts;
-        let kernel = [8, 16, 32, 64].iter().position(|&most| columns <= most)?;
+        let products = &kernels.packed(family).ok()?.products;
+        let kernel = match columns {
+            1 if family.blocks() => 4,
+            17..=32 if family.blocks() && kernels.warpgroups => 5,
+            33..=64 if family.blocks() && kernels.warpgroups => 6,
+            _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
+        };
         let (unit, trailer) = family.bytes();
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
-        let (room, processors) = (kernels.packed(family).ok()?.products[kernel].1, kernels.processors);
+        let (room, processors) = (products.get(kernel)?.1, kernels.processors);
         let slot = (Family::UNITS * (unit + trailer)).next_multiple_of(128);
         let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
             shape
-        } else if kernel < 2 {
+        } else if columns <= 16 {
             let keep = if columns <= 4 { 8 } else { 32 / columns };
             let besides = |slabs: usize| {
                 let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
@@ -83,6 +91,26 @@ impl LaunchShape {
                 in_flight: family.in_flight().min(slots),
                 keep,
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+                scaled: !family.blocks(),
+            }
+        } else if kernel >= 5 {
+            let eights = if kernel == 5 { 4 } else { 8 };
+            let besides = (Family::UNITS * UNIT_COLS * 16 + 2048) * eights + 32 * eights + 128;
+            let slots = (room.checked_sub(besides)? / (8 * (unit + trailer + 8))).min(8);
+            if stages > processors || slots < 2 {
+                return None;
+            }
+            LaunchShape {
+                kernel,
+                groups: tiles.min(processors / stages),
+                slabs: stages,
+                threads: 256,
+                shared: besides + slots * 8 * (unit + trailer + 8),
+                slots,
+                in_flight: slots,
+                keep: 0,
+                partial: stages * columns * tiles * TILE_ROWS,
+                scaled: true,
             }
         } else {
             let besides = 256 + 2 * 8 * columns * 80;
@@ -101,6 +129,7 @@ impl LaunchShape {
                 in_flight: slots,
                 keep: 0,
                 partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
+                scaled: !family.blocks(),
             }
         };
         shape.possible()
@@ -110,7 +139,10 @@ impl LaunchShape {
     fn warpgroups(family: Family, geometry: Geometry, kernels: &Kernels, columns: usize) -> Option<LaunchShape> {
         const SLOTS: usize = 3;
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
-        let (_, room) = kernels.packed(family).ok()?.warpgroups.as_ref()?;
+        if family != Family::Fixed {
+            return None;
+        }
+        let (_, room) = kernels.packed(family).ok()?.products.get(WARPGROUPS)?;
         let (unit, trailer) = family.bytes();
         let activations = 8 * (2 * 8 * Family::UNITS * UNIT_COLS + 128 * 16);
         let shared = activations + 8 * SLOTS * (unit + trailer + 8) + 128;
@@ -127,6 +159,7 @@ impl LaunchShape {
             in_flight: SLOTS,
             keep: 0,
             partial: stages * columns * tiles * TILE_ROWS,
+            scaled: false,
         };
         shape.possible()
     }
@@ -168,6 +201,7 @@ impl LaunchShape {
             in_flight: if programmatic { 2 } else { 3 },
             keep,
             partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+            scaled: false,
         };
         shape.possible()
     }
@@ -178,7 +212,7 @@ impl LaunchShape {
     }
 }
 
-/// The number of the warpgroups' product among a layout's kernels.
+/// The number of the warpgroups' product among the kernels of layout `fixed`.
 pub(super) const WARPGROUPS: usize = 4;
 /// Bytes of the table of layout `pair`, which each lane has for itself.
 pub(super) const PAIR_TABLE: usize = 256 * 128;

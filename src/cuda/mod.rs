@@ -9,7 +9,9 @@
 //!    that a fused kernel multiplies with, or plain weights. The stream is turned into it on the GPU, in blocks of rows.
 //! 3. **Few rows of activations take a fused kernel, many take cuBLAS**: blocks of rows are decoded into a workspace of
 //!    bounded size, one per GPU, and multiplied with candle's own cuBLAS handle.
-//! 4. **A product allocates its result and nothing else**, uploads nothing and never waits, so that it can be captured in a
+//! 4. **Matrices of GGUF files** stay at the file's bits: blocks are uploaded as they are and laid out on the GPU
+//!    ([`CudaWeight::from_blocks`]). Their products are the same kernels over other units.
+//! 5. **A product allocates its result and nothing else**, uploads nothing and never waits, so that it can be captured in a
 //!    CUDA graph.
 //!
 //! Kernels are compiled by `build.rs` and loaded into candle's own context, once for each GPU. All `unsafe` of this
@@ -28,6 +30,7 @@ mod form;
 mod gemm;
 mod hybrid;
 mod kernels;
+mod kquant;
 mod launch;
 mod layers;
 mod memory;

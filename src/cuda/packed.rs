@@ -24,13 +24,22 @@ pub(super) struct Packed {
     pub(super) geometry: Geometry,
     pub(super) weights: CudaSlice<u8>,
     pub(super) overflow: CudaSlice<u32>,
-    /// A factor for each row.
+    /// A factor for each row; of block formats for the warpgroup kernels alone, whose weights are divided by it.
     pub(super) row_scale: Option<CudaSlice<f32>>,
 }
 
 impl fmt::Debug for Packed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Packed({:?} {}x{})", self.family, self.geometry.rows, self.geometry.cols)
+    }
+}
+
+/// A dtype as `kernels/activations.cuh` numbers it.
+pub(super) fn kind_of(dtype: Dtype) -> i32 {
+    match dtype {
+        Dtype::Bf16 => 0,
+        Dtype::F16 => 1,
+        _ => 2,
     }
 }
 
@@ -54,21 +63,26 @@ pub(super) trait Fused: fmt::Debug + Send + Sync {
         out: &mut CudaViewMut<u8>,
     ) -> Result<()>;
 
-    /// What [`Fused::decode_ids`] writes.
-    fn ids_dtype(&self) -> Dtype;
+    /// What [`Fused::decode_ids`] writes, of a layout that is asked for `dtype`.
+    fn ids_dtype(&self, dtype: Dtype) -> Dtype;
 
-    /// Enqueues the decoding of the rows that `ids` name. An id outside the matrix gives zeros.
-    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()>;
+    /// Enqueues the decoding of the rows that `ids` name to [`Fused::ids_dtype`]. An id outside the matrix gives zeros.
+    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>, dtype: Dtype) -> Result<()>;
 
     /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`: false, with nothing done, if there are too many rows for
     /// the layout's kernels.
     fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool>;
 }
 
-/// Bytes that some rows decode to, if decoding may start and end with them and they fit into `room`.
-pub(super) fn whole_tiles(rows: &Range<usize>, Geometry { rows: height, cols }: Geometry, room: usize) -> Result<()> {
+/// Whether decoding may start and end with some rows, and they fit into `room` bytes.
+pub(super) fn whole_tiles(
+    rows: &Range<usize>,
+    Geometry { rows: height, cols }: Geometry,
+    dtype: Dtype,
+    room: usize,
+) -> Result<()> {
     let whole = rows.end == height || rows.end.is_multiple_of(TILE_ROWS);
-    let fits = rows.start <= rows.end && rows.end <= height && rows.len() * cols * 2 <= room;
+    let fits = rows.start <= rows.end && rows.end <= height && rows.len() * cols * dtype.size() <= room;
     if whole && rows.start.is_multiple_of(TILE_ROWS) && fits {
         return Ok(());
     }
@@ -97,7 +111,7 @@ impl Fused for Packed {
     }
 
     fn decodes_to(&self, dtype: Dtype) -> bool {
-        dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16
+        dtype == Dtype::Bf16 || self.family.scaled() && dtype == Dtype::F16 || self.family.blocks()
     }
 
     fn decode_rows(
@@ -108,7 +122,7 @@ impl Fused for Packed {
         out: &mut CudaViewMut<u8>,
     ) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
-        whole_tiles(&rows, self.geometry, out.len())?;
+        whole_tiles(&rows, self.geometry, dtype, out.len())?;
         if !self.decodes_to(dtype) {
             return Err(Error::Invalid(format!("a packed matrix as {}", dtype.name())));
         }
@@ -117,13 +131,16 @@ impl Fused for Packed {
             return Ok(());
         }
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
-        let (nothing, kind) = (0u64, i32::from(dtype == Dtype::F16));
+        let (nothing, kind) = (0u64, kind_of(dtype));
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.decode);
-        launch.arg(&self.weights).arg(&self.overflow);
-        match &self.row_scale {
-            Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() => _ = launch.arg(&nothing),
-            None => {}
+        launch.arg(&self.weights);
+        if !self.family.blocks() {
+            launch.arg(&self.overflow);
+            match &self.row_scale {
+                Some(scale) => _ = launch.arg(scale),
+                None if self.family.scaled() => _ = launch.arg(&nothing),
+                None => {}
+            }
         }
         launch.arg(out);
         if self.family.scaled() {
@@ -136,13 +153,18 @@ impl Fused for Packed {
         Ok(())
     }
 
-    fn ids_dtype(&self) -> Dtype {
-        if self.family.scaled() { Dtype::F32 } else { Dtype::Bf16 }
+    fn ids_dtype(&self, dtype: Dtype) -> Dtype {
+        match self.family {
+            Family::Blocks(_) => dtype,
+            Family::Fixed => Dtype::Bf16,
+            _ => Dtype::F32,
+        }
     }
 
-    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>, dtype: Dtype) -> Result<()> {
         let Geometry { rows, cols } = self.geometry;
-        if ids.len() * cols * self.ids_dtype().size() > out.len() {
+        let (dtype, kind) = (self.ids_dtype(dtype), kind_of(dtype));
+        if ids.len() * cols * dtype.size() > out.len() {
             return Err(Error::Invalid(format!("{} rows of a packed matrix into {} bytes", ids.len(), out.len())));
         }
         if ids.is_empty() {
@@ -152,13 +174,20 @@ impl Fused for Packed {
         let grid = (ids.len() as u32, stages(cols) as u32, 1);
         let (rows, cols, nothing) = (rows as i32, cols as i32, 0u64);
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.ids);
-        launch.arg(&self.weights).arg(&self.overflow);
-        match &self.row_scale {
-            Some(scale) => _ = launch.arg(scale),
-            None if self.family.scaled() => _ = launch.arg(&nothing),
-            None => {}
+        launch.arg(&self.weights);
+        if !self.family.blocks() {
+            launch.arg(&self.overflow);
+            match &self.row_scale {
+                Some(scale) => _ = launch.arg(scale),
+                None if self.family.scaled() => _ = launch.arg(&nothing),
+                None => {}
+            }
         }
-        launch.arg(ids).arg(out).arg(&rows).arg(&cols).arg(&cols);
+        launch.arg(ids).arg(out);
+        if self.family.blocks() {
+            launch.arg(&kind);
+        }
+        launch.arg(&rows).arg(&cols).arg(&cols);
         // SAFETY: a block for each id and stage; `out` has a row for each id.
         driver(unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (256, 1, 1), shared_mem_bytes: 0 }) })?;
         Ok(())

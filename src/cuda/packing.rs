@@ -5,7 +5,7 @@ use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{CudaSlice, LaunchConfig, PushKernelArg};
 
 use super::decode::DeviceStream;
-use super::family::{Family, TILE_ROWS, stages, tile_bytes};
+use super::family::{Family, Pack, TILE_ROWS, stages, tile_bytes};
 use super::kernels::{driver, out_of_memory};
 use super::packed::Packed;
 use crate::codec::{Dtype, Geometry, Plan, ScaleLayout, TILE};
@@ -127,7 +127,9 @@ impl Packed {
     fn pack_block(&self, start: usize, count: usize, dense: &CudaSlice<u8>, passes: &mut Passes) -> Result<()> {
         let Passes { capacity, tile_scales, plan, totals } = passes;
         let stream = self.device.cuda_stream();
-        let kernels = self.kernels.packed(self.family)?;
+        let Pack::Rows { plan: plan_kernel, pack } = &self.kernels.packed(self.family)?.pack else {
+            return Err(Error::Invalid(format!("{:?} is not made from decoded rows", self.family)));
+        };
         let cols = self.geometry.cols;
         let blocks = count.div_ceil(TILE_ROWS) * stages(cols);
         let config = |blocks: usize, threads: u32| LaunchConfig {
@@ -136,7 +138,7 @@ impl Packed {
             shared_mem_bytes: 0,
         };
         let (rows, columns, stages) = (count as i32, cols as i32, blocks as i32);
-        let mut launch = stream.launch_builder(&kernels.plan);
+        let mut launch = stream.launch_builder(plan_kernel);
         launch.arg(dense).arg(&rows).arg(&columns).arg(&columns).arg(&mut *plan);
         // SAFETY: `dense` holds `count` rows, `plan` 16 bytes for each block.
         driver(unsafe { launch.launch(config(blocks, 256)) })?;
@@ -147,7 +149,7 @@ impl Packed {
         let first = start / TILE_ROWS * tile_bytes(self.family, cols);
         let target = self.weights.slice(first..first + count.div_ceil(TILE_ROWS) * tile_bytes(self.family, cols));
         let (scale_stride, row0, nothing) = (cols.div_ceil(TILE) as i32, start as i32, 0u64);
-        let mut launch = stream.launch_builder(&kernels.pack);
+        let mut launch = stream.launch_builder(pack);
         launch.arg(dense).arg(&rows).arg(&columns).arg(&columns);
         match tile_scales {
             Some(scales) => _ = launch.arg(scales).arg(&scale_stride).arg(&row0),

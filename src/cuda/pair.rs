@@ -133,7 +133,7 @@ impl Fused for Pair {
         out: &mut CudaViewMut<u8>,
     ) -> Result<()> {
         let Geometry { rows: height, cols } = self.geometry;
-        whole_tiles(&rows, self.geometry, out.len())?;
+        whole_tiles(&rows, self.geometry, dtype, out.len())?;
         if dtype != Dtype::Bf16 {
             return Err(Error::Invalid(format!("a matrix in pairs as {}", dtype.name())));
         }
@@ -152,11 +152,11 @@ impl Fused for Pair {
         Ok(())
     }
 
-    fn ids_dtype(&self) -> Dtype {
+    fn ids_dtype(&self, _: Dtype) -> Dtype {
         Dtype::Bf16
     }
 
-    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>) -> Result<()> {
+    fn decode_ids(&self, ids: &CudaView<u32>, out: &mut CudaViewMut<u8>, _: Dtype) -> Result<()> {
         let Geometry { rows, cols } = self.geometry;
         if ids.len() * cols * 2 > out.len() {
             return Err(Error::Invalid(format!("{} rows of a matrix in pairs into {} bytes", ids.len(), out.len())));

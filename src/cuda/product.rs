@@ -7,7 +7,7 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, DevicePtr, 
 
 use super::kernels::Kernels;
 use super::launch::{LaunchShape, launch, programmatic};
-use super::packed::Packed;
+use super::packed::{Packed, kind_of};
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
@@ -44,11 +44,8 @@ const _: () = assert!(size_of::<Product>() == 112);
 /// Columns of activations that a row takes on tensor cores, and the kernels' number of its dtype: F16 and F32 activations
 /// are split exactly into BF16 ones.
 fn columns_of(dtype: Dtype) -> (usize, i32) {
-    match dtype {
-        Dtype::Bf16 => (1, 0),
-        Dtype::F16 => (2, 1),
-        _ => (3, 2),
-    }
+    let kind = kind_of(dtype);
+    (kind as usize + 1, kind)
 }
 
 /// Rows of activations for each launch of kernels that take `columns` columns; `None` if that would be too many launches.
@@ -96,7 +93,7 @@ impl Factor<'_> {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let scale = self.row_scale.map(|scale| scale.device_ptr(&stream));
-            let row_scale = scale.as_ref().map_or(0, |(pointer, _)| *pointer);
+            let row_scale = scale.as_ref().filter(|_| shape.scaled).map_or(0, |(pointer, _)| *pointer);
             let (x, _x) = x.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
             let (partial, _partial) = partial.device_ptr_mut(&stream);

@@ -101,6 +101,11 @@ impl CudaWeight {
         Ok(CudaWeight { kept: Kept::Stream(Box::new(stream)), dtype, why })
     }
 
+    /// What is kept of a matrix of that dtype, and why so.
+    pub(super) fn of(kept: Kept, dtype: Dtype, why: &str) -> CudaWeight {
+        CudaWeight { kept, dtype, why: why.into() }
+    }
+
     /// The shape of the matrix.
     pub fn geometry(&self) -> Geometry {
         match &self.kept {
@@ -264,13 +269,16 @@ impl CudaWeight {
         let mut out = self.alloc::<T>(values, "embeddings")?;
         match &self.kept {
             Kept::Stream(stream) => stream.decode_ids(ids, T::DTYPE, &mut bytes_mut(&mut out)?)?,
-            Kept::Fused(fused) if T::DTYPE == fused.ids_dtype() && T::DTYPE == self.dtype => {
-                fused.decode_ids(ids, &mut bytes_mut(&mut out)?)?;
+            // Rounding to F32 on the way would change nothing.
+            Kept::Fused(fused)
+                if T::DTYPE == fused.ids_dtype(T::DTYPE) && (T::DTYPE == self.dtype || self.dtype == Dtype::F32) =>
+            {
+                fused.decode_ids(ids, &mut bytes_mut(&mut out)?, T::DTYPE)?;
             }
             Kept::Fused(fused) => {
-                let from = fused.ids_dtype();
+                let from = fused.ids_dtype(T::DTYPE);
                 self.kernels().scratch.workspace(self.device(), from.size() * values, |aside| {
-                    fused.decode_ids(ids, &mut aside.as_view_mut())?;
+                    fused.decode_ids(ids, &mut aside.as_view_mut(), T::DTYPE)?;
                     self.convert(&aside.as_view(), from, &mut bytes_mut(&mut out)?, values, T::DTYPE)
                 })?;
             }

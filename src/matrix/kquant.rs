@@ -1,5 +1,6 @@
 //! A matrix of ggml's block formats in memory, laid out for products.
 
+use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -19,6 +20,14 @@ use crate::{Error, Result};
 
 /// Rows that are dequantised at a time for gradients.
 const GRADIENT_ROWS: usize = 64;
+/// Values of a kept buffer, at most: 64 MB.
+const KEPT: usize = 1 << 24;
+
+thread_local! {
+    /// Products in the order of the tasks. Kept, as fresh pages for megabytes cost as much as a tenth of the products.
+    static STRIPED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
 /// Activations up to which a dense product is made of dot products.
 const FEW: usize = 8;
 /// Rows of a task: two strips.
@@ -67,15 +76,7 @@ impl KQuantMatrix {
         executor: &impl Executor,
         done: &(dyn Fn(Range<usize>) + Sync),
     ) -> Result<KQuantMatrix> {
-        let row_bytes = ty.row_bytes(cols).ok_or_else(|| {
-            let allowed = format!("rows of whole {ty} blocks: a multiple of {} columns", ty.block_len());
-            Error::field("shape", format!("{rows}x{cols}"), allowed)
-        })?;
-        if row_bytes.checked_mul(rows) != Some(blocks.len()) || row_bytes == 0 {
-            let text =
-                format!("{} bytes are no {rows}x{cols} matrix of {ty}, which has {row_bytes} a row", blocks.len());
-            return Err(Error::Invalid(text));
-        }
+        let row_bytes = row_bytes(ty, rows, cols, blocks.len())?;
         let row = |r: usize| &blocks[order(r) * row_bytes..][..row_bytes];
         let strip_bytes = with_format!(ty, F => F::strip_bytes(cols / F::LEN), _ => 0);
         let store = if strip_bytes == 0 {
@@ -267,6 +268,19 @@ impl KQuantMatrix {
     }
 }
 
+/// Bytes of a row of a matrix that `bytes` bytes of blocks are said to hold.
+pub(crate) fn row_bytes(ty: GgmlType, rows: usize, cols: usize, bytes: usize) -> Result<usize> {
+    let row_bytes = ty.row_bytes(cols).ok_or_else(|| {
+        let allowed = format!("rows of whole {ty} blocks: a multiple of {} columns", ty.block_len());
+        Error::field("shape", format!("{rows}x{cols}"), allowed)
+    })?;
+    if row_bytes.checked_mul(rows) != Some(bytes) || row_bytes == 0 {
+        let text = format!("{bytes} bytes are no {rows}x{cols} matrix of {ty}, which has {row_bytes} a row");
+        return Err(Error::Invalid(text));
+    }
+    Ok(row_bytes)
+}
+
 /// `f16`s to `f32`s, many at once: one by one each would ask again whether the CPU has an instruction for it.
 fn f16s(bytes: &[u8], out: &mut [f32]) {
     let mut halves = [f16::ZERO; 64];
@@ -330,15 +344,19 @@ pub fn kquant_matmul_each(
     executor: &impl Executor,
 ) -> Result<Vec<f32>> {
     matrices.iter().try_for_each(|matrix| matrix.expect(x.len(), m))?;
-    let mut y = vec![0.0; m * matrices.iter().map(|matrix| matrix.rows).sum::<usize>()];
-    let Some(first) = matrices.first().filter(|_| m > 0) else { return Ok(y) };
+    let len = m * matrices.iter().map(|matrix| matrix.rows).sum::<usize>();
+    let Some(first) = matrices.first().filter(|_| m > 0) else { return Ok(vec![0.0; len]) };
+    // Tasks write every value, so that what a kept buffer held does not matter.
+    let mut buffer = if m == 1 { Vec::new() } else { STRIPED.take() };
+    buffer.resize(len.max(buffer.len()), 0.0);
+    let y = &mut buffer[..len];
     let mut blocks: Vec<usize> = matrices.iter().filter_map(|matrix| matrix.activation_block()).collect();
     blocks.sort_unstable();
     blocks.dedup();
     let quantized = blocks.into_iter().map(|block| quantize(first.backend, x, m, block, executor)).collect();
     let x = Prepared { values: x, rows: m, quantized };
     // By matrices and tasks: [matrix][task][m][row of the task].
-    let (mut parts, mut tasks, mut rest) = (Vec::new(), Vec::new(), &mut y[..]);
+    let (mut parts, mut tasks, mut rest) = (Vec::new(), Vec::new(), &mut *y);
     let mut biases = Vec::new();
     for (index, matrix) in matrices.iter().enumerate() {
         let (own, after) = rest.split_at_mut(m * matrix.rows);
@@ -354,14 +372,17 @@ pub fn kquant_matmul_each(
         matrix.task(task * TASK..matrix.rows.min((task + 1) * TASK), &x, &biases[index], y)
     })?;
     if m == 1 {
-        return Ok(y);
+        return Ok(buffer);
     }
-    let mut out = Vec::with_capacity(y.len());
-    let mut rest = &y[..];
+    let mut out = vec![0.0; len];
+    let mut start = 0;
     for matrix in matrices {
-        let (own, after) = rest.split_at(m * matrix.rows);
-        rest = after;
-        unstrip(own, m, matrix.rows, TASK, &mut out);
+        let own = start..start + m * matrix.rows;
+        start = own.end;
+        unstrip(executor, &buffer[own.clone()], m, matrix.rows, TASK, &mut out[own])?;
+    }
+    if buffer.len() <= KEPT {
+        STRIPED.set(buffer);
     }
     Ok(out)
 }

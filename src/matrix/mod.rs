@@ -27,8 +27,11 @@ mod weight;
 pub use decode::CompressedMatrix;
 pub use encode::{EncodeReport, MatrixEncoder, Sink, compress};
 pub use gpu_layout::GpuLayout;
+#[cfg(feature = "cuda")]
+pub(crate) use kquant::row_bytes as kquant_row_bytes;
 pub use kquant::{KQuantMatrix, kquant_matmul_each};
 pub use options::{Activations, Codec, Options};
+pub(crate) use product::run_parts;
 pub use product::{Executor, RayonExecutor, matmul_each};
 pub use source::Source;
 pub use weight::Weight;

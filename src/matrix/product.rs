@@ -64,7 +64,7 @@ impl FirstError {
 }
 
 /// Runs a task for each part of an output; each has its part for itself.
-pub(super) fn run_parts(
+pub(crate) fn run_parts(
     executor: &impl Executor,
     parts: Vec<&mut [f32]>,
     task: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
@@ -142,12 +142,12 @@ pub fn matmul_each(matrices: &[CompressedMatrix], x: &[f32], m: usize, executor:
     if m == 1 {
         return Ok(y);
     }
-    let mut out = Vec::with_capacity(y.len());
-    let mut rest = &y[..];
+    let mut out = vec![0.0; y.len()];
+    let mut start = 0;
     for matrix in matrices {
-        let (own, after) = rest.split_at(m * rows(matrix));
-        rest = after;
-        unstrip(own, m, rows(matrix), BAND_ROWS, &mut out);
+        let own = start..start + m * rows(matrix);
+        start = own.end;
+        unstrip(executor, &y[own.clone()], m, rows(matrix), BAND_ROWS, &mut out[own])?;
     }
     Ok(out)
 }
@@ -312,8 +312,8 @@ impl CompressedMatrix<'_> {
                 Ok(())
             })
         })?;
-        let mut out = Vec::with_capacity(x.len());
-        unstrip(&x, m, cols, TILE, &mut out);
+        let mut out = vec![0.0; x.len()];
+        unstrip(executor, &x, m, cols, TILE, &mut out)?;
         Ok(out)
     }
 
@@ -341,16 +341,22 @@ impl CompressedMatrix<'_> {
     }
 }
 
-/// Appends to `out` what stands in `y` as `[part][m][index in the part]`, with parts of `size` but the last, as
-/// `[m][index]`.
-pub(super) fn unstrip(y: &[f32], m: usize, total: usize, size: usize, out: &mut Vec<f32>) {
-    let start = out.len();
-    out.resize(start + y.len(), 0.0);
-    let out = &mut out[start..];
-    for (part, values) in y.chunks((m * size).max(1)).enumerate() {
-        let n = values.len() / m;
-        for (row, values) in values.chunks_exact(n).enumerate() {
-            out[row * total + part * size..][..n].copy_from_slice(values);
-        }
+/// What stands in `y` as `[part][m][index in the part]`, with parts of `size` but the last, as `[m][index]` in `out`.
+pub(super) fn unstrip(
+    executor: &impl Executor,
+    y: &[f32],
+    m: usize,
+    total: usize,
+    size: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    if total == 0 {
+        return Ok(());
     }
+    run_parts(executor, out.chunks_mut(total).collect(), |row, out| {
+        for (part, out) in out.chunks_mut(size).enumerate() {
+            out.copy_from_slice(&y[part * m * size + row * out.len()..][..out.len()]);
+        }
+        Ok(())
+    })
 }

@@ -4,6 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{Cache, Config, Weights};
 use crate::nn::LinearLayer;
+use crate::ops::causal_attention;
 
 /// Queries that are scored at a time, so that a long prompt's scores do not grow with its square.
 const QUERY_CHUNK: usize = 256;
@@ -40,15 +41,18 @@ impl<L: LinearLayer> Attention<L> {
     /// `x` is `[batch, tokens, hidden]`, its first token at `position`; so is the result.
     pub(super) fn forward(&self, x: &Tensor, layer: usize, position: usize, cache: &mut Cache) -> Result<Tensor> {
         let (batch, tokens, _) = x.dims3()?;
-        let split =
-            |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, self.head_dim))?.transpose(1, 2)?.contiguous();
+        let split = |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, self.head_dim))?.transpose(1, 2);
         let [q, k, v] = L::forward_each([&self.q, &self.k, &self.v], x)?;
         let q = cache.rotate(&split(q, self.heads)?, position)?;
         let k = cache.rotate(&split(k, self.kv_heads)?, position)?;
         let v = split(v, self.kv_heads)?;
         let (k, v) = cache.append(layer, position, &k, &v)?;
         let (k, v) = (k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?);
-        let q = (q.to_dtype(DType::F32)? * (1.0 / (self.head_dim as f64).sqrt()))?;
+        let q = q.to_dtype(DType::F32)?;
+        if let Some(y) = causal_attention(&q, &k, &v, position)? {
+            return self.o.forward(&y.to_dtype(x.dtype())?);
+        }
+        let q = (q * (1.0 / (self.head_dim as f64).sqrt()))?;
         let chunks = (0..tokens).step_by(QUERY_CHUNK).map(|start| {
             let rows = QUERY_CHUNK.min(tokens - start);
             self.attend(&q.narrow(2, start, rows)?, &k, &v, position + start)

@@ -5,6 +5,7 @@ use std::f32::consts::PI;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Config, Llama3RopeType};
+use crate::ops::rope;
 
 /// Positions that a cache has room for at first.
 const FIRST_CAPACITY: usize = 256;
@@ -126,7 +127,7 @@ impl Cache {
     pub(super) fn rotate(&self, x: &Tensor, position: usize) -> Result<Tensor> {
         let Some((cos, sin)) = &self.rotations else { bail!("the cache was not prepared for this call") };
         let tokens = x.dim(2)?;
-        candle_nn::rotary_emb::rope(x, &cos.narrow(0, position, tokens)?, &sin.narrow(0, position, tokens)?)
+        rope(x, &cos.narrow(0, position, tokens)?, &sin.narrow(0, position, tokens)?)
     }
 
     /// Writes a layer's keys and values `[batch, kv_heads, tokens, head_dim]` at `position` and returns all of them up to
@@ -139,7 +140,7 @@ impl Cache {
         values: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         if !self.use_kv_cache {
-            return Ok((keys.clone(), values.clone()));
+            return Ok((keys.contiguous()?, values.contiguous()?));
         }
         let (batch, heads, tokens, head_dim) = keys.dims4()?;
         let end = position + tokens;

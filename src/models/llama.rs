@@ -19,6 +19,7 @@ use candle_nn::RmsNorm;
 use super::attention::Attention;
 use super::{Cache, Config, DenseWeights, Weights};
 use crate::nn::LinearLayer;
+use crate::ops::gated;
 use crate::{Checkpoint, Error};
 
 /// A Llama of plain candle layers.
@@ -87,8 +88,7 @@ impl<L: LinearLayer> Block<L> {
         let _span = tracing::trace_span!("mlp").entered();
         let y = self.norm_2.forward(&x)?;
         let [gate, up] = L::forward_each([&self.gate, &self.up], &y)?;
-        let wide = (gate.silu()? * up)?;
-        self.down.forward(&wide)? + x
+        self.down.forward(&gated(&gate, &up)?)? + x
     }
 }
 

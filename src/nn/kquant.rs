@@ -8,7 +8,7 @@ use candle_nn::Linear;
 use super::linear::{LinearLayer, all};
 use crate::codec::kquant::GgmlType;
 use crate::matrix::KQuantMatrix;
-use crate::ops::{KQuantMatmul, kquant_linear, kquant_linears};
+use crate::ops::{Blocks, KQuantMatmul, kquant_linear, kquant_linears};
 
 /// Replaces candle's `QMatMul` and [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` in a format of GGUF files.
 #[derive(Clone, Debug)]
@@ -19,16 +19,24 @@ pub struct KQuantLinear {
 }
 
 impl KQuantLinear {
-    /// Takes a quantised weight and perhaps a bias of shape `[out]`.
+    /// Takes a quantised weight on the CPU and perhaps a bias of shape `[out]`.
     pub fn new(matrix: Arc<KQuantMatrix>, bias: Option<Tensor>) -> KQuantLinear {
-        KQuantLinear {
-            op: KQuantMatmul::new(matrix),
-            bias,
-            span: tracing::span!(tracing::Level::TRACE, "kquant-linear"),
-        }
+        KQuantLinear::of(KQuantMatmul::new(matrix), bias)
     }
 
-    /// Lays out a weight that candle quantised.
+    /// Lays out a weight in the memory of `device`; the bias is there already.
+    ///
+    /// # Errors
+    /// As [`KQuantMatmul::on`].
+    pub fn on(blocks: &Blocks, bias: Option<Tensor>, device: &Device) -> Result<KQuantLinear> {
+        Ok(KQuantLinear::of(KQuantMatmul::on(blocks, device)?, bias))
+    }
+
+    fn of(op: KQuantMatmul, bias: Option<Tensor>) -> KQuantLinear {
+        KQuantLinear { op, bias, span: tracing::span!(tracing::Level::TRACE, "kquant-linear") }
+    }
+
+    /// Lays out a weight that candle quantised, on its device.
     ///
     /// # Errors
     /// If it is no matrix, or of a type that this crate does not read.
@@ -39,7 +47,9 @@ impl KQuantLinear {
         let Some(ty) = GgmlType::ALL.into_iter().find(|ty| plain(ty.name()) == plain(&name)) else {
             bail!("a weight of {name} cannot be laid out")
         };
-        Ok(KQuantLinear::new(Arc::new(KQuantMatrix::new(ty, rows, cols, &weight.data()?)?), bias))
+        let data = weight.data()?;
+        let blocks = Blocks { ty, shape: [rows, cols], data: &data, order: &|row| row, done: &|_| () };
+        KQuantLinear::on(&blocks, bias, &weight.device())
     }
 
     /// Remembers the tensor's name for errors.
@@ -47,9 +57,14 @@ impl KQuantLinear {
         KQuantLinear { op: self.op.with_name(name), ..self }
     }
 
-    /// The quantised weight.
-    pub fn matrix(&self) -> &Arc<KQuantMatrix> {
+    /// The quantised weight, if it is on the CPU.
+    pub fn matrix(&self) -> Option<&Arc<KQuantMatrix>> {
         self.op.matrix()
+    }
+
+    /// Bytes that the weight takes where it is.
+    pub fn stored_bytes(&self) -> usize {
+        self.op.stored_bytes()
     }
 
     /// The bias.
@@ -62,8 +77,8 @@ impl KQuantLinear {
     /// # Errors
     /// None for a layer that could be made.
     pub fn to_dense(&self) -> Result<Linear> {
-        let ids: Vec<u32> = (0..self.matrix().rows() as u32).collect();
-        Ok(Linear::new(rows_of(self.matrix(), &ids)?, self.bias.clone()))
+        let ids = Tensor::arange(0, self.op.shape()[0] as u32, &self.op.device())?;
+        Ok(Linear::new(self.op.rows_of(&ids, DType::F32)?, self.bias.clone()))
     }
 
     fn biased(&self, y: Tensor) -> Result<Tensor> {
@@ -93,45 +108,47 @@ impl LinearLayer for KQuantLinear {
 /// dequantised.
 #[derive(Clone, Debug)]
 pub struct KQuantEmbedding {
-    matrix: Arc<KQuantMatrix>,
+    op: KQuantMatmul,
     dtype: DType,
 }
 
 impl KQuantEmbedding {
-    /// Takes a quantised table; embeddings come out in `dtype`.
+    /// Takes a quantised table on the CPU; embeddings come out in `dtype`.
     pub fn new(matrix: Arc<KQuantMatrix>, dtype: DType) -> KQuantEmbedding {
-        KQuantEmbedding { matrix, dtype }
+        KQuantEmbedding { op: KQuantMatmul::new(matrix), dtype }
     }
 
-    /// The quantised table.
-    pub fn matrix(&self) -> &Arc<KQuantMatrix> {
-        &self.matrix
+    /// Lays out a table in the memory of `device`.
+    ///
+    /// # Errors
+    /// As [`KQuantMatmul::on`].
+    pub fn on(blocks: &Blocks, dtype: DType, device: &Device) -> Result<KQuantEmbedding> {
+        Ok(KQuantEmbedding { op: KQuantMatmul::on(blocks, device)?, dtype })
+    }
+
+    /// The quantised table, if it is on the CPU.
+    pub fn matrix(&self) -> Option<&Arc<KQuantMatrix>> {
+        self.op.matrix()
     }
 
     /// The output layer that shares this table (a tied `lm_head`).
     pub fn as_linear(&self) -> KQuantLinear {
-        KQuantLinear::new(self.matrix.clone(), None)
+        KQuantLinear::of(self.op.clone(), None)
     }
 }
 
 impl Module for KQuantEmbedding {
-    /// `ids` of any shape and an integer dtype; the result has one more dimension, `hidden`.
+    /// `ids` of any shape and an integer dtype; the result has one more dimension, `hidden`. An id outside the table is an
+    /// error, except where ids and table are on a GPU, which would have to be waited for: its embedding is zeros.
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let flat = ids.to_dtype(DType::U32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u32>()?;
-        if let Some(id) = flat.iter().find(|&&id| id as usize >= self.matrix.rows()) {
-            bail!("token id {id} is not in a vocabulary of {}", self.matrix.rows())
+        let [vocabulary, hidden] = self.op.shape();
+        let flat = ids.to_dtype(DType::U32)?.flatten_all()?;
+        if flat.device().is_cpu()
+            && let Some(id) = flat.to_vec1::<u32>()?.iter().find(|&&id| id as usize >= vocabulary)
+        {
+            bail!("token id {id} is not in a vocabulary of {vocabulary}")
         }
-        let shape = [ids.dims(), &[self.matrix.cols()]].concat();
-        rows_of(&self.matrix, &flat)?.to_dtype(self.dtype)?.reshape(shape)
+        let flat = flat.to_device(&self.op.device())?;
+        self.op.rows_of(&flat, self.dtype)?.reshape([ids.dims(), &[hidden]].concat())
     }
-}
-
-/// Rows of a matrix as a tensor `[rows, columns]`.
-fn rows_of(matrix: &KQuantMatrix, ids: &[u32]) -> Result<Tensor> {
-    let cols = matrix.cols();
-    let mut values = vec![0.0; ids.len() * cols];
-    for (&id, values) in ids.iter().zip(values.chunks_exact_mut(cols)) {
-        matrix.dequantize_row(id as usize, values)?;
-    }
-    Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
 }

@@ -1,5 +1,7 @@
 //! `Y = X·Wᵀ` with a compressed `W`.
 
+use std::borrow::Cow;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -65,7 +67,7 @@ impl CompressedMatmul {
         let ids = ids.flatten_all()?;
         match &self.place {
             Place::Dense(table, _) => table.index_select(&ids, 0)?.to_dtype(dtype),
-            _ => ids.apply_op1_no_bwd(&Rows(self.on_gpu()?, dtype)),
+            _ => ids.apply_op1_no_bwd(&TableRows(self.on_gpu()?, dtype)),
         }
     }
 
@@ -106,12 +108,15 @@ impl CompressedMatmul {
     }
 
     /// The rows of an activation whose last dimension is `inner`, and its other dimensions.
-    fn rows<'l>(&self, storage: &CpuStorage, layout: &'l Layout, inner: usize) -> Result<(Vec<f32>, &'l [usize])> {
+    fn rows<'l>(&self, storage: &'l CpuStorage, layout: &'l Layout, inner: usize) -> Result<Rows<'l>> {
         self.expect_cpu()?;
         let g = self.weight.geometry();
         activation_rows("compressed linear", self.weight.name(), [g.rows, g.cols], storage, layout, inner)
     }
 }
+
+/// Rows of activations, and the dimensions before the last.
+pub(super) type Rows<'l> = (Cow<'l, [f32]>, &'l [usize]);
 
 /// The rows of a strided activation whose last dimension is `inner`, and its other dimensions. Errors name the operation,
 /// its tensor and the weight's shape.
@@ -119,19 +124,22 @@ pub(super) fn activation_rows<'l>(
     what: &str,
     name: Option<&str>,
     weight: [usize; 2],
-    storage: &CpuStorage,
+    storage: &'l CpuStorage,
     layout: &'l Layout,
     inner: usize,
-) -> Result<(Vec<f32>, &'l [usize])> {
+) -> Result<Rows<'l>> {
     let dims = layout.dims();
     let Some((_, leading)) = dims.split_last().filter(|(last, _)| **last == inner) else {
         let name = name.map_or(String::new(), |name| format!(" {name}"));
         bail!("{what}{name}: an input of shape {dims:?} does not fit a weight of shape {weight:?}")
     };
     let rows = match storage {
-        CpuStorage::F32(x) => gather(x, layout, |x| x),
-        CpuStorage::BF16(x) => gather(x, layout, bf16::to_f32),
-        CpuStorage::F16(x) => gather(x, layout, f16::to_f32),
+        CpuStorage::F32(x) => match layout.contiguous_offsets() {
+            Some((start, end)) => Cow::Borrowed(&x[start..end]),
+            None => Cow::Owned(gather(x, layout, |x| x)),
+        },
+        CpuStorage::BF16(x) => Cow::Owned(gather(x, layout, bf16::to_f32)),
+        CpuStorage::F16(x) => Cow::Owned(gather(x, layout, f16::to_f32)),
         other => bail!("{what}: an input of {:?}, allowed are f32, bf16 and f16", other.dtype()),
     };
     Ok((rows, leading))
@@ -213,10 +221,10 @@ impl CustomOp1 for Transposed<'_> {
 
 /// Rows of a table on a GPU.
 #[cfg(feature = "cuda")]
-struct Rows<'a>(&'a crate::cuda::CudaWeight, candle_core::DType);
+pub(super) struct TableRows<'a>(pub &'a crate::cuda::CudaWeight, pub candle_core::DType);
 
 #[cfg(feature = "cuda")]
-impl CustomOp1 for Rows<'_> {
+impl CustomOp1 for TableRows<'_> {
     fn name(&self) -> &'static str {
         "compressed-embedding"
     }
@@ -261,7 +269,7 @@ impl CustomOp1 for Merged {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (mut x, mut leading) = (Vec::new(), &[][..]);
+        let (mut x, mut leading) = (Cow::Borrowed(&[][..]), &[][..]);
         for (index, op) in self.0.iter().enumerate() {
             let cols = op.weight.geometry().cols;
             if index == 0 || layout.dims().last() != Some(&cols) {

@@ -4,6 +4,8 @@
 pub mod bands;
 pub mod counting;
 pub mod gguf;
+#[cfg(feature = "candle")]
+pub mod gguf_model;
 pub mod golden;
 pub mod kquant;
 pub mod llama;

@@ -7,6 +7,7 @@ mod corrupt;
 mod decode;
 mod errors;
 mod graph;
+mod kquant;
 mod layers;
 mod load;
 mod model;

@@ -23,7 +23,7 @@ fn greedy(llama: &CompressedLlama, prompt: &[u32], count: usize) -> Vec<u32> {
 }
 
 /// The shipped model and, where it is at hand, a real one: `TINY_STORIES` names its directory.
-fn models() -> Vec<PathBuf> {
+pub fn models() -> Vec<PathBuf> {
     let tales = ["examples/tales", concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tales")];
     let found = tales.iter().map(Path::new).find(|path| path.is_dir()).expect("run in the repository's directory");
     let named = std::env::var_os("TINY_STORIES").map(PathBuf::from);

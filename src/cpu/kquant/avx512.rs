@@ -1,17 +1,20 @@
 //! AVX-512 VNNI: one instruction adds four columns to the sums of 16 rows.
 //!
 //! A vector holds a group of four columns (see [`crate::codec::kquant::strip`]); the activation's four quants are broadcast
-//! to it. One row of activations: quants go from memory through registers into the product, two chains of sums hide the
-//! instruction's latency. More rows: six rows × two strips of sums, so that two vectors of weights serve twelve products.
+//! to it. Up to eight rows of activations: quants go from memory through registers into the products of four of them, two
+//! chains of sums for each hide the instruction's latency. More rows: six rows × two strips of sums, so that two vectors of weights serve twelve products.
 // Tiles are indexed by row and strip, as in the formulas.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Job, Panel, Strip};
+use super::{Job, Panel};
 use crate::codec::kquant::Format;
 use crate::codec::kquant::strip::{PANEL, ROWS, StripFormat};
+
+/// Bytes that are fetched before they are used, far enough ahead for the memory to answer.
+const AHEAD: usize = 4096;
 
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
@@ -51,6 +54,14 @@ unsafe fn weights<F: Format>(block: *const u8, g: usize) -> __m512i {
         // (high & mask) | low
         let mask = _mm512_set1_epi8((((1 << F::HIGH) - 1) << F::LOW) as i8);
         _mm512_ternarylogic_epi64::<0xEA>(high, mask, low)
+    }
+}
+
+/// Asks the memory for some bytes, which need not be there.
+pub(super) fn fetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a hint reads nothing; every x86-64 CPU has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
     }
 }
 
@@ -143,64 +154,105 @@ unsafe fn minima_sum<F: Format>(job: &Job, meta: *const u8, at: usize) -> __m512
     total
 }
 
-/// Writes the products of one strip with the only row of activations to `y`.
-pub(super) fn row<F: Format>(job: &Job, strip: usize, y: &mut [f32]) {
-    assert!(available() && y.len() == ROWS && job.x.rows == 1);
-    // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { row_avx512::<F>(job, &job.strips[strip], y) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-fn row_avx512<F: Format>(job: &Job, strip: &Strip, y: &mut [f32]) {
-    let mut total = _mm512_setzero_ps();
-    let blocks = strip.quants.chunks_exact(F::QUANTS).zip(strip.meta.chunks_exact(F::META));
-    for (block, (quants, meta)) in blocks.enumerate() {
-        let at = block * F::LEN;
-        let (quants, meta, x) = (quants.as_ptr(), meta.as_ptr(), job.x.quants[at..at + F::LEN].as_ptr());
-        let mut products = _mm512_setzero_si512();
-        for sub in 0..F::LEN / 32 {
-            let start = |half: usize| _mm512_set1_epi32(job.start::<F>(at + 32 * sub + half * F::GROUP));
-            // Two groups of 16, or the even and odd fours of one of 32.
-            let mut sums = [start(0), if F::GROUP == 16 { start(1) } else { _mm512_setzero_si512() }];
-            for g in 0..8 {
-                let sum = &mut sums[if F::GROUP == 16 { g / 4 } else { g % 2 }];
-                // SAFETY: the block has `F::LEN / 4` groups, and as many fours of the activation.
-                unsafe {
-                    // Far enough ahead for the memory to answer; what lies behind the strip is never read.
-                    _mm_prefetch::<_MM_HINT_T0>(
-                        quants.wrapping_add((8 * sub + g) * 8 * F::BITS as usize + 4096).cast(),
-                    );
-                    let x = broadcast(x.add(32 * sub + 4 * g));
-                    *sum = _mm512_dpbusd_epi32(*sum, weights::<F>(quants, 8 * sub + g), x);
-                }
-            }
-            // SAFETY: the block has a scale for each group.
-            products = unsafe {
-                if F::LEN == 32 {
-                    _mm512_add_epi32(sums[0], sums[1])
-                } else if F::GROUP == 32 {
-                    let sum = _mm512_add_epi32(sums[0], sums[1]);
-                    _mm512_add_epi32(products, _mm512_mullo_epi32(sum, scales(meta, sub)))
-                } else {
-                    let first = _mm512_mullo_epi32(sums[0], scales(meta, 2 * sub));
-                    let second = _mm512_mullo_epi32(sums[1], scales(meta, 2 * sub + 1));
-                    _mm512_add_epi32(products, _mm512_add_epi32(first, second))
-                }
-            };
-        }
-        // SAFETY: the block's `d` and `dmin` are 32 bytes each.
+/// Writes the products of one strip with all rows of activations to `y`, which has the rows of all strips. Weights are
+/// unpacked in registers, once for each four rows, the first time while they come from memory.
+pub(super) fn few_rows<F: Format>(job: &Job, strip: usize, y: &mut [f32]) {
+    assert!(available() && y.len() == job.x.rows * job.strips.len() * ROWS);
+    for first in (0..job.x.rows).step_by(4) {
+        // SAFETY: the assertion above ensures that the CPU has the instructions.
         unsafe {
-            let scale = _mm512_set1_ps(job.x.scales[block]);
-            let factor = _mm512_mul_ps(floats(meta.add(F::D)), scale);
-            total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factor, total);
-            if F::MINS {
-                let factor = _mm512_mul_ps(floats(meta.add(F::D + 2 * ROWS)), scale);
-                total = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(minima_sum::<F>(job, meta, at)), factor, total);
+            match job.x.rows - first {
+                1 => few_avx512::<F, 1>(job, strip, first, y),
+                2 => few_avx512::<F, 2>(job, strip, first, y),
+                3 => few_avx512::<F, 3>(job, strip, first, y),
+                _ => few_avx512::<F, 4>(job, strip, first, y),
             }
         }
     }
-    // SAFETY: `y` has 16 values.
-    unsafe { _mm512_storeu_ps(y.as_mut_ptr(), total) }
+}
+
+/// `M` rows of activations from `row` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+fn few_avx512<F: Format, const M: usize>(job: &Job, index: usize, row: usize, y: &mut [f32]) {
+    let (strip, cols) = (&job.strips[index], job.x.cols);
+    let mut totals = [_mm512_setzero_ps(); M];
+    let blocks = strip.quants.chunks_exact(F::QUANTS).zip(strip.meta.chunks_exact(F::META));
+    let strip_bytes = F::strip_bytes(strip.quants.len() / F::QUANTS);
+    for (block, (quants, meta)) in blocks.enumerate() {
+        let at = row * cols + block * F::LEN;
+        // The last quants are followed by the next strip's, past what follows them in this one.
+        let beyond = (block + 1) * F::QUANTS + AHEAD > strip.quants.len();
+        let ahead = AHEAD + if beyond { strip_bytes - strip.quants.len() } else { 0 };
+        fetch(meta.as_ptr().wrapping_add(strip_bytes), F::META);
+        let x = job.x.quants[at..at + (M - 1) * cols + F::LEN].as_ptr();
+        let (quants, meta) = (quants.as_ptr(), meta.as_ptr());
+        let mut products = [_mm512_setzero_si512(); M];
+        for sub in 0..F::LEN / 32 {
+            // Two groups of 16, or the even and odd fours of one of 32.
+            let mut sums = [[_mm512_setzero_si512(); 2]; M];
+            for m in 0..M {
+                let start = |half: usize| job.start::<F>(at + m * cols + 32 * sub + half * F::GROUP);
+                sums[m][0] = _mm512_set1_epi32(start(0));
+                if F::GROUP == 16 {
+                    sums[m][1] = _mm512_set1_epi32(start(1));
+                }
+            }
+            for g in 0..8 {
+                let half = if F::GROUP == 16 { g / 4 } else { g % 2 };
+                // SAFETY: the block has `F::LEN / 4` groups, and as many fours of each row of activations.
+                unsafe {
+                    // What lies behind the strips is never read.
+                    let next = quants.wrapping_add((8 * sub + g) * 8 * F::BITS as usize + ahead);
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                    let weights = weights::<F>(quants, 8 * sub + g);
+                    for m in 0..M {
+                        let x = broadcast(x.add(m * cols + 32 * sub + 4 * g));
+                        sums[m][half] = _mm512_dpbusd_epi32(sums[m][half], weights, x);
+                    }
+                }
+            }
+            // SAFETY: the block has a scale for each group.
+            unsafe {
+                if F::LEN == 32 {
+                    for m in 0..M {
+                        products[m] = _mm512_add_epi32(sums[m][0], sums[m][1]);
+                    }
+                } else if F::GROUP == 32 {
+                    let scales = scales(meta, sub);
+                    for m in 0..M {
+                        let sum = _mm512_add_epi32(sums[m][0], sums[m][1]);
+                        products[m] = _mm512_add_epi32(products[m], _mm512_mullo_epi32(sum, scales));
+                    }
+                } else {
+                    let (first, second) = (scales(meta, 2 * sub), scales(meta, 2 * sub + 1));
+                    for m in 0..M {
+                        let first = _mm512_mullo_epi32(sums[m][0], first);
+                        let second = _mm512_mullo_epi32(sums[m][1], second);
+                        products[m] = _mm512_add_epi32(products[m], _mm512_add_epi32(first, second));
+                    }
+                }
+            }
+        }
+        for m in 0..M {
+            let at = at + m * cols;
+            // SAFETY: the block's `d` and `dmin` are 32 bytes each.
+            unsafe {
+                let scale = _mm512_set1_ps(job.x.scales[at / F::LEN]);
+                let factor = _mm512_mul_ps(floats(meta.add(F::D)), scale);
+                totals[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[m]), factor, totals[m]);
+                if F::MINS {
+                    let factor = _mm512_mul_ps(floats(meta.add(F::D + 2 * ROWS)), scale);
+                    let minima = _mm512_cvtepi32_ps(minima_sum::<F>(job, meta, at));
+                    totals[m] = _mm512_fnmadd_ps(minima, factor, totals[m]);
+                }
+            }
+        }
+    }
+    for m in 0..M {
+        let y = &mut y[((row + m) * job.strips.len() + index) * ROWS..][..ROWS];
+        // SAFETY: `y` has 16 values.
+        unsafe { _mm512_storeu_ps(y.as_mut_ptr(), totals[m]) }
+    }
 }
 
 /// Adds to `y` the products of some blocks, whose panel is unpacked, with some rows of activations.

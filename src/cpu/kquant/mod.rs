@@ -38,8 +38,11 @@ use crate::codec::kquant::{Activation, Format, GgmlType, with_format};
 pub const STRIPS: usize = 2;
 /// Columns of a panel.
 const STEP: usize = 256;
+/// Rows of activations for which unpacking to memory does not pay, with AVX-512.
+#[cfg(target_arch = "x86_64")]
+const FEW: usize = 8;
 /// Rows of activations whose sums are kept while the panels of two strips pass by.
-const ROW_BLOCK: usize = 96;
+const ROW_BLOCK: usize = 192;
 
 /// A panel's bytes, for each of the strips.
 #[repr(align(64))]
@@ -99,11 +102,14 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         })
         .collect();
     let job = Job { strips: &strips, x, bias };
+    #[cfg(target_arch = "x86_64")]
+    if backend == Backend::Avx512 && x.rows <= FEW {
+        (0..count).for_each(|index| avx512::few_rows::<F>(&job, index, y));
+        return;
+    }
     if x.rows == 1 && backend != Backend::Scalar {
         for (index, y) in y.chunks_exact_mut(ROWS).enumerate() {
             match backend {
-                #[cfg(target_arch = "x86_64")]
-                Backend::Avx512 => avx512::row::<F>(&job, index, y),
                 #[cfg(target_arch = "x86_64")]
                 Backend::Avx2 => avx2::row::<F>(&job, index, y),
                 #[cfg(target_arch = "aarch64")]
@@ -120,6 +126,9 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         let rows = first_row..x.rows.min(first_row + ROW_BLOCK);
         for first in (0..blocks).step_by(step) {
             let chunk = first..blocks.min(first + step);
+            if first_row == 0 {
+                fetch::<F>(backend, &strips, count * bytes, first, step);
+            }
             for (strip, panel) in strips.iter().zip(panel.0.chunks_exact_mut(PANEL)) {
                 for (block, panel) in chunk.clone().zip(panel.chunks_exact_mut(ROWS * F::LEN)) {
                     unpack::<F>(backend, &strip.quants[block * F::QUANTS..][..F::QUANTS], panel);
@@ -157,6 +166,27 @@ impl Job<'_> {
     #[inline(always)]
     fn sum<F: Format>(&self, at: usize) -> i16 {
         if F::GROUP == 16 { self.x.sums16[at / 16] } else { self.x.sums32[at / 32] }
+    }
+}
+
+/// Fetches what is unpacked next but one: the blocks from `first + 2 · step` on of the strips, or of those that follow them
+/// `after` bytes further on.
+fn fetch<F: Format>(backend: Backend, strips: &[Strip], after: usize, first: usize, step: usize) {
+    for strip in strips {
+        let blocks = strip.quants.len() / F::QUANTS;
+        let (mut block, mut past) = (first + 2 * step, 0);
+        if block >= blocks {
+            (block, past) = (block - blocks, after);
+        }
+        for (bytes, size) in [(strip.quants, F::QUANTS), (strip.meta, F::META)] {
+            // What lies behind the strips is never read.
+            let at = bytes.as_ptr().wrapping_add(past + block * size);
+            match backend {
+                #[cfg(target_arch = "x86_64")]
+                Backend::Avx512 => avx512::fetch(at, step * size),
+                _ => _ = at,
+            }
+        }
     }
 }
 

@@ -14,7 +14,7 @@
 //! ```
 //!
 //! Files of the architectures `llama` (Llama, Mistral and others of the same graph) and `qwen2` are read, as llama.cpp and
-//! candle write them. Weights are laid out for products while the file's pages are let go of, so that memory holds them
+//! candle write them. [`KQuantLlama::from_gguf_on`] runs them on a GPU. Weights are laid out for products while the file's pages are let go of, so that memory holds them
 //! once.
 
 mod config;
@@ -23,7 +23,7 @@ mod weights;
 
 use std::path::Path;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 pub use config::{Architecture, config};
 pub use tokenizer::tokenizer;
@@ -56,9 +56,17 @@ impl KQuantLlama {
     /// If the file is of an architecture that is not supported (the error names it, and those that are), its metadata
     /// lacks or contradicts something; and as [`Llama::load`]. The error names the file.
     pub fn from_gguf(file: &File, dtype: DType) -> Result<KQuantLlama> {
+        KQuantLlama::from_gguf_on(file, dtype, &Device::Cpu)
+    }
+
+    /// As [`KQuantLlama::from_gguf`], on `device`.
+    ///
+    /// # Errors
+    /// Also if the device is neither the CPU nor a GPU that this build has kernels for, or its memory is too small.
+    pub fn from_gguf_on(file: &File, dtype: DType, device: &Device) -> Result<KQuantLlama> {
         let load = || {
             let config = config(file)?;
-            Llama::load(&GgufWeights::new(file, dtype)?, &config)
+            Llama::load(&GgufWeights::new(file, dtype)?.with_device(device), &config)
         };
         load().map_err(|error: Error| error.in_file(file.map().path()))
     }

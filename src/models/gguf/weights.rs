@@ -1,17 +1,14 @@
 //! The tensors of a GGUF file by their Hugging Face names.
 
-use std::sync::Arc;
-
 use candle_core::{DType, Device, Tensor};
 
 use super::File;
 use super::config::{Architecture, config, rope_factors};
 use crate::codec::kquant::dequantize;
 use crate::gguf;
-use crate::matrix::KQuantMatrix;
 use crate::models::Weights;
 use crate::nn::{KQuantEmbedding, KQuantLinear};
-use crate::ops::PoolExecutor;
+use crate::ops::Blocks;
 use crate::{Error, Result};
 
 /// Parts of a layer: Hugging Face's name and llama.cpp's.
@@ -58,7 +55,7 @@ fn to_hf(name: &str) -> String {
     layer().unwrap_or_else(|| name.to_string())
 }
 
-/// Layers over the tensors of a GGUF file, laid out when they are asked for. On the CPU.
+/// Layers over the tensors of a GGUF file, laid out when they are asked for.
 #[derive(Debug)]
 pub struct GgufWeights<'a> {
     file: &'a File,
@@ -66,12 +63,13 @@ pub struct GgufWeights<'a> {
     heads: [usize; 2],
     rope_factors: Option<Vec<f32>>,
     dtype: DType,
+    device: Device,
     /// Names as Hugging Face has them, and shapes.
     tensors: Vec<(String, Vec<u64>)>,
 }
 
 impl<'a> GgufWeights<'a> {
-    /// The tensors of `file`, for activations of `dtype`.
+    /// The tensors of `file`, for activations of `dtype` on the CPU.
     ///
     /// # Errors
     /// If the metadata is not that of a supported model.
@@ -90,7 +88,13 @@ impl<'a> GgufWeights<'a> {
             .tensors()
             .filter(|tensor| !known(tensor.name))
             .map(|tensor| (to_hf(tensor.name), tensor.shape().into_iter().map(|dim| dim as u64).collect()));
-        Ok(GgufWeights { file, architecture, heads, rope_factors, dtype, tensors: tensors.collect() })
+        let device = Device::Cpu;
+        Ok(GgufWeights { file, architecture, heads, rope_factors, dtype, device, tensors: tensors.collect() })
+    }
+
+    /// Lays matrices out in the memory of `device`.
+    pub fn with_device(self, device: &Device) -> GgufWeights<'a> {
+        GgufWeights { device: device.clone(), ..self }
     }
 
     /// The tensor that Hugging Face calls `name`, if it has that shape.
@@ -107,8 +111,9 @@ impl<'a> GgufWeights<'a> {
         Ok(tensor)
     }
 
-    /// Lays out a matrix and lets go of the file's pages that it came from.
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Arc<KQuantMatrix>> {
+    /// Has `make` lay out a matrix, and lets go of the file's pages that it came from.
+    fn matrix<T>(&self, name: &str, shape: [usize; 2], make: impl Fn(&Blocks) -> candle_core::Result<T>) -> Result<T> {
+        let [rows, cols] = shape;
         let tensor = self.find(name, &[rows, cols])?;
         let start = tensor.range().start as usize;
         let done = |range: std::ops::Range<usize>| self.file.map().forget(start + range.start..start + range.end);
@@ -117,20 +122,17 @@ impl<'a> GgufWeights<'a> {
             Some("k_proj") => self.heads[1],
             _ => 0,
         };
-        let order = move |row: usize| row;
-        let matrix = if self.architecture == Architecture::Llama && heads > 0 && rows.is_multiple_of(2 * heads) {
-            // llama.cpp rotates neighbours and put the rows of a head's two halves in turns for that; this model rotates
-            // halves.
-            let half = rows / heads / 2;
-            let order = move |row: usize| {
-                let (head, place) = (row / (2 * half), row % (2 * half));
-                head * 2 * half + 2 * (place % half) + place / half
-            };
-            KQuantMatrix::pack(tensor.ty, rows, cols, tensor.data(), order, &PoolExecutor, &done)
-        } else {
-            KQuantMatrix::pack(tensor.ty, rows, cols, tensor.data(), order, &PoolExecutor, &done)
+        let half = rows / heads.max(1) / 2;
+        // llama.cpp rotates neighbours and put the rows of a head's two halves in turns for that; this model rotates halves.
+        let turns = |row: usize| {
+            let (head, place) = (row / (2 * half), row % (2 * half));
+            head * 2 * half + 2 * (place % half) + place / half
         };
-        matrix.map(Arc::new).map_err(|error| error.in_tensor(tensor.name))
+        let same = |row: usize| row;
+        let turned = self.architecture == Architecture::Llama && heads > 0 && rows.is_multiple_of(2 * heads);
+        let order: &(dyn Fn(usize) -> usize + Sync) = if turned { &turns } else { &same };
+        let blocks = Blocks { ty: tensor.ty, shape, data: tensor.data(), order, done: &done };
+        make(&blocks).map_err(|error| Error::from(error).in_tensor(tensor.name))
     }
 }
 
@@ -144,11 +146,13 @@ impl Weights for GgufWeights<'_> {
             Some(_) => Some(self.tensor(&bias, &[out_dim])?),
             None => None,
         };
-        Ok(KQuantLinear::new(self.matrix(name, out_dim, in_dim)?, bias).with_name(name))
+        let layer =
+            self.matrix(name, [out_dim, in_dim], |blocks| KQuantLinear::on(blocks, bias.clone(), &self.device))?;
+        Ok(layer.with_name(name))
     }
 
     fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Result<KQuantEmbedding> {
-        Ok(KQuantEmbedding::new(self.matrix(name, vocab, dim)?, self.dtype))
+        self.matrix(name, [vocab, dim], |blocks| KQuantEmbedding::on(blocks, self.dtype, &self.device))
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
@@ -156,6 +160,7 @@ impl Weights for GgufWeights<'_> {
         let mut values = vec![0.0; shape.iter().product()];
         dequantize(tensor.ty, tensor.data(), &mut values);
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu).and_then(|values| values.to_dtype(self.dtype));
+        let tensor = tensor.and_then(|values| values.to_device(&self.device));
         tensor.map_err(|error| Error::from(error).in_tensor(name))
     }
 
@@ -180,7 +185,7 @@ impl Weights for GgufWeights<'_> {
     }
 
     fn device(&self) -> &Device {
-        &Device::Cpu
+        &self.device
     }
 }
 

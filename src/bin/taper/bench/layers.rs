@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Linear;
 use candle_taper::nn::{CompressedLinear, KQuantLinear};
@@ -218,16 +218,17 @@ fn subjects(
         steps.step();
         Ok(false)
     };
-    let dense = Tensor::from_vec(values, (out, input), device)?;
+    let plain = Tensor::from_vec(values, (out, input), &Device::Cpu)?;
+    let quantized = |format| Ok::<_, anyhow::Error>(QTensor::quantize(&plain.to_dtype(DType::F32)?, format)?);
+    let dense = plain.to_device(device)?;
     for coding in codings {
         steps.begin(&format!("{shape}: making {}", coding.name));
         if let Some(format) = coding.blocks {
-            ensure!(device.is_cpu(), "--codec {}: our layers in this format run on the CPU so far", coding.name);
             if fits(format, &coding.name, true)? {
-                let blocks = QTensor::quantize(&dense.to_dtype(DType::F32)?, format)?;
+                let blocks = quantized(format)?;
                 let layer = || {
-                    let layer = KQuantLinear::from_qtensor(&blocks, None)?;
-                    let bytes = layer.matrix().stored_bytes();
+                    let layer = KQuantLinear::from_qtensor(&copied(&blocks, device)?, None)?;
+                    let bytes = layer.stored_bytes();
                     Ok((layer, bytes))
                 };
                 subjects.push(Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?);
@@ -277,9 +278,11 @@ fn subjects(
                 Ok((Linear::new(weight, None), out * input * dtype.size_in_bytes()))
             })?,
             Stock::Blocks(format) => {
-                let dense = dense.to_dtype(DType::F32)?;
-                Subject::new(name, true, DType::F32, rotate, || {
-                    let blocks = QTensor::quantize(&dense, format)?;
+                let blocks = quantized(format)?;
+                // On a GPU candle takes any dtype, and 16 bits are what it is fastest with.
+                let dtype = if device.is_cpu() { DType::F32 } else { args.activations() };
+                Subject::new(name, true, dtype, rotate, || {
+                    let blocks = copied(&blocks, device)?;
                     let bytes = blocks.storage_size_in_bytes();
                     Ok((QMatMul::from_qtensor(blocks)?, bytes))
                 })?
@@ -288,6 +291,12 @@ fn subjects(
         steps.step();
     }
     Ok(subjects)
+}
+
+/// The same blocks once more, on `device`.
+fn copied(blocks: &QTensor, device: &Device) -> Result<QTensor> {
+    let storage = QStorage::from_data(blocks.data()?, device, blocks.dtype())?;
+    Ok(QTensor::new(storage, blocks.shape())?)
 }
 
 /// Random weights, the same in every run.

@@ -6,7 +6,7 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
@@ -130,8 +130,7 @@ impl Plan {
                 Box::new(ModelWeights::from_gguf(content, &mut reader, device)?)
             }
             _ => {
-                ensure!(device.is_cpu(), "{}: our model of a GGUF file runs on the CPU so far", self.dir.display());
-                let llama = KQuantLlama::from_gguf(&file, dtype)?;
+                let llama = KQuantLlama::from_gguf_on(&file, dtype, device)?;
                 let cache = llama.new_cache(true)?;
                 Box::new(Ours { llama, cache })
             }

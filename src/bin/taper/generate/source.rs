@@ -37,12 +37,6 @@ pub fn place(args: &GenerateArgs, quiet: bool) -> Result<PathBuf> {
 
 /// Loads the model. Matrices that are not compressed yet are compressed now, in memory, one at a time.
 pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn CausalLm>> {
-    if args.gguf.is_some() {
-        let cpu = args.cpu || args.device.is_none_or(|name| name == DeviceName::Cpu);
-        ensure!(cpu, "--gguf: models of GGUF files run on the CPU so far; leave out --device");
-        let dtype = args.dtype.map_or(DType::F32, DType::from);
-        return Ok(Box::new(KQuantLlama::from_gguf(&gguf::open(dir)?, dtype)?));
-    }
     let (device, why) = match args.device {
         _ if args.cpu => (Device::Cpu, None),
         Some(name) => (name.open()?, None),
@@ -58,6 +52,9 @@ pub fn load(args: &GenerateArgs, dir: &Path, quiet: bool) -> Result<Box<dyn Caus
         None if device.is_cuda() => DType::BF16,
         None => DType::F32,
     };
+    if args.gguf.is_some() {
+        return Ok(Box::new(KQuantLlama::from_gguf_on(&gguf::open(dir)?, dtype, &device)?));
+    }
     let (options, chosen) = args.options()?;
     let config = config::read(dir)?;
     let checkpoint = Arc::new(Checkpoint::open(dir)?);

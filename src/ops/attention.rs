@@ -1,0 +1,293 @@
+//! What stands between the products of a Llama on the CPU, each in one pass: rotations, attention, the gated activation.
+
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+
+use super::PoolExecutor;
+use crate::cpu::gemm::{Gemm, gemm};
+use crate::cpu::softmax::{silu_mul, softmax};
+use crate::cpu::{Backend, vectorize};
+use crate::matrix::run_parts;
+
+/// Queries of a head that are scored at a time: their scores fit the second-level cache for contexts of thousands.
+const QUERIES: usize = 32;
+/// Values of a task of the gated activation.
+const VALUES: usize = 1 << 14;
+
+thread_local! {
+    /// A task's scores.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// True if these can be computed here: `f32`s on the CPU that nothing differentiates.
+fn plain(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == candle_core::DType::F32 && !t.track_op())
+}
+
+/// A tensor's `f32`s from its first on.
+fn values<'s>(storage: &'s CpuStorage, layout: &Layout) -> Result<&'s [f32]> {
+    Ok(&storage.as_slice::<f32>()?[layout.start_offset()..])
+}
+
+/// `gate.silu() · up` of two tensors of one shape.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let ready = plain(&[gate, up]) && gate.is_contiguous() && up.is_contiguous() && gate.shape() == up.shape();
+    if ready { gate.apply_op2_no_bwd(up, &Gated) } else { gate.silu()? * up }
+}
+
+struct Gated;
+
+impl CustomOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "silu-mul"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let n = l1.shape().elem_count();
+        let (gate, up) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n]);
+        let backend = Backend::current()?;
+        let mut out = vec![0.0; n];
+        let parts = out.chunks_mut(VALUES).collect();
+        run_parts(&PoolExecutor, parts, |part, out| {
+            let range = part * VALUES..part * VALUES + out.len();
+            let (gate, up) = (&gate[range.clone()], &up[range]);
+            vectorize(
+                backend,
+                #[inline(always)]
+                || silu_mul(gate, up, out),
+            );
+            Ok(())
+        })?;
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+/// Rotates queries or keys `[batch, heads, tokens, size]`, of any strides but the last: pairs of a value and that half a
+/// head further on turn by the angles whose cosines and sines are `[tokens, size / 2]`. The result is contiguous.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if !plain(&[x, cos, sin]) || x.stride().last() != Some(&1) || !cos.is_contiguous() || !sin.is_contiguous() {
+        return candle_nn::rotary_emb::rope(&x.contiguous()?, cos, sin);
+    }
+    x.apply_op3_no_bwd(cos, sin, &Rope)
+}
+
+struct Rope;
+
+impl CustomOp3 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (batch, heads, tokens, size) = l1.shape().dims4()?;
+        if [l2, l3].iter().any(|l| l.dims() != [tokens, size / 2]) || !size.is_multiple_of(2) {
+            bail!("rope: angles of {:?} and {:?} do not fit {:?}", l2.dims(), l3.dims(), l1.dims())
+        }
+        let (x, cos, sin) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
+        let (half, stride) = (size / 2, l1.stride());
+        let mut y = vec![0.0f32; batch * heads * tokens * size];
+        let turn = |head: usize, y: &mut [f32]| {
+            let x = &x[head / heads * stride[0] + head % heads * stride[1]..];
+            for (token, y) in y.chunks_exact_mut(size).enumerate() {
+                let (a, b) = x[token * stride[2]..][..size].split_at(half);
+                let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+                let (y, z) = y.split_at_mut(half);
+                for i in 0..half {
+                    (y[i], z[i]) = (a[i] * cos[i] - b[i] * sin[i], a[i] * sin[i] + b[i] * cos[i]);
+                }
+            }
+            Ok(())
+        };
+        let parts = y.chunks_mut((tokens * size).max(1));
+        if tokens == 1 {
+            // Not worth waking other threads.
+            parts.enumerate().try_for_each(|(head, y)| turn(head, y))?;
+        } else {
+            run_parts(&PoolExecutor, parts.collect(), turn)?;
+        }
+        Ok((CpuStorage::F32(y), l1.shape().clone()))
+    }
+}
+
+/// Causal attention of queries `[batch, heads, rows, size]`, whose first stands at `position`, to keys and values
+/// `[batch, kv_heads, ≥ position + rows, size]`: `[batch, rows, heads · size]`, in one parallel region and without
+/// copies of keys or values. `None` if the tensors are not `f32`s on the CPU, or are differentiated.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, position: usize) -> Result<Option<Tensor>> {
+    if !plain(&[q, k, v]) || !q.is_contiguous() {
+        return Ok(None);
+    }
+    q.apply_op3_no_bwd(k, v, &Causal(position)).map(Some)
+}
+
+/// Attention of queries that start at this position.
+struct Causal(usize);
+
+impl CustomOp3 for Causal {
+    fn name(&self) -> &'static str {
+        "causal-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (batch, heads, rows, size) = l1.shape().dims4()?;
+        let (b, kv_heads, held, d) = l2.shape().dims4()?;
+        let end = self.0 + rows;
+        if (b, d) != (batch, size)
+            || kv_heads == 0
+            || !heads.is_multiple_of(kv_heads)
+            || held < end
+            || l2.dims() != l3.dims()
+        {
+            bail!("attention: queries {:?} do not fit keys {:?} and values {:?}", l1.dims(), l2.dims(), l3.dims())
+        }
+        if [l2, l3].iter().any(|l| l.stride()[3] != 1) {
+            bail!("attention: keys and values must be contiguous in their last dimension")
+        }
+        let (q, k, v) = (&values(s1, l1)?[..l1.shape().elem_count()], values(s2, l2)?, values(s3, l3)?);
+        let (scale, backend) = (1.0 / (size as f32).sqrt(), Backend::current()?);
+        // A token's queries that share keys are scored together; a prompt's in blocks, head by head.
+        let shared = if rows == 1 { heads / kv_heads } else { 1 };
+        let (count, blocks) = (heads / shared, rows.div_ceil(QUERIES));
+        // By batch, heads and blocks: [..][query][size].
+        let mut y = vec![0.0; q.len()];
+        let mut parts: Vec<&mut [f32]> = Vec::with_capacity(batch * count * blocks);
+        for head in y.chunks_mut((shared * rows * size).max(1)) {
+            parts.extend(head.chunks_mut(if rows == 1 { shared * size } else { QUERIES * size }));
+        }
+        run_parts(&PoolExecutor, parts, |task, y| {
+            let (index, first) = (task / blocks, task % blocks * QUERIES);
+            let (b, head) = (index / count, index % count * shared);
+            let own = |layout: &Layout| b * layout.stride()[0] + head / (heads / kv_heads) * layout.stride()[1];
+            let (k, v) = (&k[own(l2)..], &v[own(l3)..]);
+            let queries = y.len() / size;
+            let end = if rows == 1 { end } else { self.0 + first + queries };
+            SCORES.with_borrow_mut(|scores| {
+                scores.resize(scores.len().max(queries * end), 0.0);
+                let scores = &mut scores[..queries * end];
+                // scores[query][key] = Σ q[query][i] · k[key][i]
+                let shape =
+                    Gemm { m: queries, n: end, k: size, a: [size, 1], b: [1, l2.stride()[2]], c: [end, 1], add: false };
+                gemm(&shape, &q[((b * heads + head) * rows + first) * size..], k, scores);
+                for (query, scores) in scores.chunks_exact_mut(end).enumerate() {
+                    let seen = if rows == 1 { end } else { self.0 + first + query + 1 };
+                    let (scores, unseen) = scores.split_at_mut(seen);
+                    unseen.fill(0.0);
+                    vectorize(
+                        backend,
+                        #[inline(always)]
+                        || softmax(scores, scale),
+                    );
+                }
+                // y[query][i] = Σ scores[query][key] · v[key][i]
+                let shape =
+                    Gemm { m: queries, n: size, k: end, a: [end, 1], b: [l3.stride()[2], 1], c: [size, 1], add: false };
+                gemm(&shape, scores, v, y);
+            });
+            Ok(())
+        })?;
+        let shape = Shape::from((batch, rows, heads * size));
+        if rows == 1 {
+            return Ok((CpuStorage::F32(y), shape));
+        }
+        // Heads side by side, as the next product takes them.
+        let mut out = vec![0.0; y.len()];
+        let lines: Vec<&mut [f32]> = out.chunks_mut(heads * size).collect();
+        run_parts(&PoolExecutor, lines, |line, out| {
+            let (b, row) = (line / rows, line % rows);
+            for (head, out) in out.chunks_exact_mut(size).enumerate() {
+                out.copy_from_slice(&y[((b * heads + head) * rows + row) * size..][..size]);
+            }
+            Ok(())
+        })?;
+        Ok((CpuStorage::F32(out), shape))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{D, DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn attention_is_that_of_candle_s_operations() {
+        for (batch, heads, kv_heads, rows, position, size) in
+            [(1, 1, 1, 1, 0, 2), (2, 6, 2, 1, 40, 16), (2, 6, 3, 70, 0, 16), (1, 4, 2, 33, 7, 8), (1, 8, 8, 32, 31, 4)]
+        {
+            let end = position + rows;
+            let rand = |shape| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+            let q = rand((batch, heads, rows, size));
+            let [k, v] = [(); 2].map(|()| rand((batch, kv_heads, end + 3, size)).narrow(2, 0, end).unwrap());
+            let y = causal_attention(&q, &k, &v, position).unwrap().unwrap();
+            let wide = |t: &Tensor| {
+                let t = t.unsqueeze(2).unwrap().repeat((1, 1, heads / kv_heads, 1, 1)).unwrap();
+                t.reshape((batch, heads, end, size)).unwrap().to_dtype(DType::F64).unwrap()
+            };
+            let q = (q.to_dtype(DType::F64).unwrap() / (size as f64).sqrt()).unwrap();
+            let scores = q.matmul(&wide(&k).transpose(2, 3).unwrap().contiguous().unwrap()).unwrap();
+            let mask =
+                (0..rows).flat_map(|r| (0..end).map(move |c| if c > position + r { f64::NEG_INFINITY } else { 0.0 }));
+            let mask = Tensor::from_vec(mask.collect(), (rows, end), &Device::Cpu).unwrap();
+            let scores = scores.broadcast_add(&mask).unwrap();
+            let weights = candle_nn::ops::softmax(&scores, D::Minus1).unwrap();
+            let exact =
+                weights.matmul(&wide(&v)).unwrap().transpose(1, 2).unwrap().reshape((batch, rows, heads * size));
+            let error = (y.to_dtype(DType::F64).unwrap() - exact.unwrap()).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(error.to_scalar::<f64>().unwrap() < 3e-6, "{error}");
+        }
+        let q = Tensor::zeros((1, 4, 1, 8), DType::F32, &Device::Cpu).unwrap();
+        let k = Tensor::zeros((1, 3, 1, 8), DType::F32, &Device::Cpu).unwrap();
+        assert!(causal_attention(&q, &k, &k, 0).unwrap_err().to_string().contains("do not fit keys [1, 3, 1, 8]"));
+        assert!(causal_attention(&q.to_dtype(DType::F64).unwrap(), &k, &k, 0).unwrap().is_none());
+    }
+
+    #[test]
+    fn rotations_are_candle_s_to_the_last_bit() {
+        for (batch, heads, tokens, size) in [(1, 4, 1, 8), (2, 3, 50, 16), (1, 1, 1, 2)] {
+            let x =
+                Tensor::randn(0f32, 1.0, (batch, tokens, heads, size), &Device::Cpu).unwrap().transpose(1, 2).unwrap();
+            let [cos, sin] = [(); 2].map(|()| Tensor::randn(0f32, 1.0, (tokens, size / 2), &Device::Cpu).unwrap());
+            let theirs = candle_nn::rotary_emb::rope(&x.contiguous().unwrap(), &cos, &sin).unwrap();
+            let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(bits(&rope(&x, &cos, &sin).unwrap()), bits(&theirs));
+            assert!(rope(&x, &cos, &sin.narrow(1, 0, 1).unwrap()).is_err() || size == 2);
+        }
+    }
+
+    #[test]
+    fn gates_are_those_of_candle_s_operations() {
+        let [gate, up] = [(); 2].map(|()| Tensor::randn(0f32, 3.0, (2, 3, 9000), &Device::Cpu).unwrap());
+        let y = gated(&gate, &up).unwrap();
+        let exact = (gate.silu().unwrap() * &up).unwrap();
+        let error = (&y - &exact).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(error < 1e-5 && y.dims() == [2, 3, 9000], "{error}");
+        let strided = gated(&gate.transpose(0, 1).unwrap(), &up.transpose(0, 1).unwrap()).unwrap();
+        assert_eq!(strided.dims(), [3, 2, 9000]);
+        assert!(gated(&gate, &up.narrow(0, 0, 1).unwrap()).is_err());
+    }
+}
