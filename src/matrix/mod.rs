@@ -31,6 +31,7 @@ pub use gpu_layout::GpuLayout;
 pub(crate) use kquant::row_bytes as kquant_row_bytes;
 pub use kquant::{KQuantMatrix, kquant_matmul_each};
 pub use options::{Activations, Codec, Options};
+#[cfg(feature = "candle")]
 pub(crate) use product::run_parts;
 pub use product::{Executor, RayonExecutor, matmul_each};
 pub use source::Source;
