@@ -1,8 +1,9 @@
 //! AVX-512 VNNI: one instruction adds four columns to the sums of 16 rows.
 //!
 //! A vector holds a group of four columns (see [`crate::codec::kquant::strip`]); the activation's four quants are broadcast
-//! to it. Up to eight rows of activations: quants go from memory through registers into the products of four of them, two
-//! chains of sums for each hide the instruction's latency. More rows: six rows × two strips of sums, so that two vectors of weights serve twelve products.
+//! to it. Few rows of activations: quants go from memory through registers into the products of four rows, two chains of
+//! sums for each hide the instruction's latency. More rows: six rows × two strips of sums, so that two vectors of weights
+//! serve twelve products.
 // Tiles are indexed by row and strip, as in the formulas.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 

@@ -38,9 +38,17 @@ use crate::codec::kquant::{Activation, Format, GgmlType, with_format};
 pub const STRIPS: usize = 2;
 /// Columns of a panel.
 const STEP: usize = 256;
-/// Rows of activations for which unpacking to memory does not pay, with AVX-512.
+/// Rows of activations up to which unpacking weights in registers, once for each four, is faster than once to the cache,
+/// with AVX-512 (measured: for groups of 32 always, as unpacking hides behind the products; two scales for each 32 weights
+/// do not).
 #[cfg(target_arch = "x86_64")]
-const FEW: usize = 8;
+const fn few<F: Format>() -> usize {
+    match (F::LEN, F::GROUP) {
+        (256, 32) => usize::MAX,
+        (256, _) => 8,
+        _ => 16,
+    }
+}
 /// Rows of activations whose sums are kept while the panels of two strips pass by.
 const ROW_BLOCK: usize = 192;
 
@@ -103,7 +111,7 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         .collect();
     let job = Job { strips: &strips, x, bias };
     #[cfg(target_arch = "x86_64")]
-    if backend == Backend::Avx512 && x.rows <= FEW {
+    if backend == Backend::Avx512 && x.rows <= few::<F>() {
         (0..count).for_each(|index| avx512::few_rows::<F>(&job, index, y));
         return;
     }
