@@ -17,6 +17,9 @@ use crate::codec::kquant::strip::{PANEL, ROWS, StripFormat};
 /// Rows of activations that share a panel's loads.
 const TILE: usize = 4;
 
+/// Bytes that are fetched before they are used, far enough ahead for the memory to answer.
+pub(super) const AHEAD: usize = 4096;
+
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
     super::super::avx2::available() && is_x86_feature_detected!("f16c")
@@ -44,6 +47,14 @@ unsafe fn plane(plane: *const u8, bits: u32, g: usize, half: usize) -> __m256i {
     let bytes = unsafe { _mm256_loadu_si256(plane.add(g / per * 64 + 32 * half).cast()) };
     let shifted = _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(bits as i32 * (g % per) as i32));
     _mm256_and_si256(shifted, _mm256_set1_epi8((255 >> (8 - bits)) as u8 as i8))
+}
+
+/// Asks the memory for some bytes, which need not be there.
+pub(super) fn fetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a hint reads nothing; every x86-64 CPU has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
+    }
 }
 
 /// Weights of group of four `g` of a block, unpacked: 8 rows, and 8 more.
@@ -228,6 +239,9 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
 ) {
     assert!(y.len() >= (M - 1) * stride + ROWS);
     let (cols, y) = (job.x.cols, y.as_mut_ptr());
+    // The last quants are followed by the next strip's, past what follows them in this one.
+    let strip_quants = job.strips[strip].quants.len();
+    let strip_bytes = F::strip_bytes(strip_quants / F::QUANTS);
     let zero = _mm256_setzero_si256();
     // SAFETY: the caller's promises bound every index: `at` is a block's first value in the rows of activations.
     unsafe {
@@ -241,14 +255,24 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
             let first = row * cols + block * F::LEN;
             let quants = quants.add(index * if UNPACKED { ROWS * F::LEN } else { F::QUANTS });
             let meta = job.strips[strip].meta.as_ptr().add(block * F::META);
+            let ahead =
+                AHEAD + if (block + 1) * F::QUANTS + AHEAD > strip_quants { strip_bytes - strip_quants } else { 0 };
+            if !UNPACKED {
+                fetch(meta.wrapping_add(strip_bytes), F::META);
+            }
             let x = job.x.quants.as_ptr().add(first);
             let (mut products, mut zeros) = ([[zero; 2]; M], [[zero; 2]; M]);
             for group in 0..F::LEN / F::GROUP {
                 let scales = [scales::<F>(meta, group, 0), scales::<F>(meta, group, 1)];
-                let fours = group * F::GROUP / 4..(group + 1) * F::GROUP / 4;
-                for start in fours.step_by(flush::<F>()) {
+                if !UNPACKED {
+                    // A few lines at a time: of many at once the CPU drops some.
+                    let bytes = F::QUANTS / (F::LEN / F::GROUP);
+                    fetch(quants.wrapping_add(ahead + group * bytes), bytes);
+                }
+                for part in 0..F::GROUP / 4 / flush::<F>() {
                     let mut sums = [[zero; 2]; M];
-                    for g in start..start + flush::<F>() {
+                    for four in 0..flush::<F>() {
+                        let g = group * (F::GROUP / 4) + part * flush::<F>() + four;
                         let w = if UNPACKED {
                             let at = quants.add(64 * g).cast::<__m256i>();
                             [_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))]

@@ -10,12 +10,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::avx2::{AHEAD, fetch};
 use super::{Job, Panel};
 use crate::codec::kquant::Format;
 use crate::codec::kquant::strip::{PANEL, ROWS, StripFormat};
-
-/// Bytes that are fetched before they are used, far enough ahead for the memory to answer.
-const AHEAD: usize = 4096;
 
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
@@ -55,14 +53,6 @@ unsafe fn weights<F: Format>(block: *const u8, g: usize) -> __m512i {
         // (high & mask) | low
         let mask = _mm512_set1_epi8((((1 << F::HIGH) - 1) << F::LOW) as i8);
         _mm512_ternarylogic_epi64::<0xEA>(high, mask, low)
-    }
-}
-
-/// Asks the memory for some bytes, which need not be there.
-pub(super) fn fetch(at: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a hint reads nothing; every x86-64 CPU has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
     }
 }
 

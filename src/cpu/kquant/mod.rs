@@ -191,7 +191,7 @@ fn fetch<F: Format>(backend: Backend, strips: &[Strip], after: usize, first: usi
             let at = bytes.as_ptr().wrapping_add(past + block * size);
             match backend {
                 #[cfg(target_arch = "x86_64")]
-                Backend::Avx512 => avx512::fetch(at, step * size),
+                Backend::Avx512 | Backend::Avx2 => avx2::fetch(at, step * size),
                 _ => _ = at,
             }
         }
