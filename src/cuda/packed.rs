@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchArgs, LaunchConfig, PushKernelArg};
 
 use super::family::{Family, TILE_ROWS, stages};
 use super::kernels::{Kernels, driver};
@@ -89,6 +89,22 @@ pub(super) fn whole_tiles(
     Err(Error::Invalid(format!("rows {rows:?} of a packed matrix into {room} bytes")))
 }
 
+impl Packed {
+    /// The matrix, as the first arguments of the kernels that decode it. `nothing` is a null pointer.
+    fn source<'a>(&'a self, launch: &mut LaunchArgs<'a>, nothing: &'a u64) {
+        launch.arg(&self.weights);
+        if self.family.blocks() {
+            return;
+        }
+        launch.arg(&self.overflow);
+        match &self.row_scale {
+            Some(scale) => _ = launch.arg(scale),
+            None if self.family.scaled() => _ = launch.arg(nothing),
+            None => {}
+        }
+    }
+}
+
 impl Fused for Packed {
     fn geometry(&self) -> Geometry {
         self.geometry
@@ -133,15 +149,7 @@ impl Fused for Packed {
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
         let (nothing, kind) = (0u64, kind_of(dtype));
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.decode);
-        launch.arg(&self.weights);
-        if !self.family.blocks() {
-            launch.arg(&self.overflow);
-            match &self.row_scale {
-                Some(scale) => _ = launch.arg(scale),
-                None if self.family.scaled() => _ = launch.arg(&nothing),
-                None => {}
-            }
-        }
+        self.source(&mut launch, &nothing);
         launch.arg(out);
         if self.family.scaled() {
             launch.arg(&kind);
@@ -174,15 +182,7 @@ impl Fused for Packed {
         let grid = (ids.len() as u32, stages(cols) as u32, 1);
         let (rows, cols, nothing) = (rows as i32, cols as i32, 0u64);
         let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.ids);
-        launch.arg(&self.weights);
-        if !self.family.blocks() {
-            launch.arg(&self.overflow);
-            match &self.row_scale {
-                Some(scale) => _ = launch.arg(scale),
-                None if self.family.scaled() => _ = launch.arg(&nothing),
-                None => {}
-            }
-        }
+        self.source(&mut launch, &nothing);
         launch.arg(ids).arg(out);
         if self.family.blocks() {
             launch.arg(&kind);
@@ -192,6 +192,7 @@ impl Fused for Packed {
         driver(unsafe { launch.launch(LaunchConfig { grid_dim: grid, block_dim: (256, 1, 1), shared_mem_bytes: 0 }) })?;
         Ok(())
     }
+
     fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
         self.multiply(x, y, batch, dtype)
     }

@@ -134,20 +134,21 @@ impl KQuantMatmul {
         }
     }
 
-    /// Rows by their ids (one dimension, U32, on its device), dequantised and rounded to `dtype`. On a GPU, which would have to be
-    /// waited for otherwise, the row of an id outside the matrix is zeros.
+    /// Rows by their ids (one dimension, U32), dequantised and rounded to `dtype`. Of ids that are on a GPU, which would have
+    /// to be waited for, those outside the matrix give zeros.
     ///
     /// # Errors
-    /// On the CPU, if an id is outside the matrix.
+    /// If an id on the CPU is outside the matrix.
     pub fn rows_of(&self, ids: &Tensor, dtype: candle_core::DType) -> Result<Tensor> {
+        let [rows, _] = self.shape();
+        let known = if ids.device().is_cpu() || self.matrix().is_some() { ids.to_vec1::<u32>()? } else { vec![] };
+        if let Some(id) = known.iter().find(|&&id| id as usize >= rows) {
+            bail!("token id {id} is not in a vocabulary of {rows}")
+        }
+        #[cfg(feature = "cuda")]
+        let ids = &ids.to_device(&self.device())?;
         match &self.place {
-            Place::Cpu(matrix) => {
-                let ids = ids.to_vec1::<u32>()?;
-                if let Some(id) = ids.iter().find(|&&id| id as usize >= matrix.rows()) {
-                    bail!("token id {id} is not in a vocabulary of {}", matrix.rows())
-                }
-                rows_of(matrix, &ids)?.to_dtype(dtype)
-            }
+            Place::Cpu(matrix) => rows_of(matrix, &known)?.to_dtype(dtype),
             #[cfg(feature = "cuda")]
             Place::Cuda(weight) => {
                 ids.contiguous()?.apply_op1_no_bwd(&super::compressed_linear::TableRows(weight, dtype))

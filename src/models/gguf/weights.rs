@@ -112,7 +112,12 @@ impl<'a> GgufWeights<'a> {
     }
 
     /// Has `make` lay out a matrix, and lets go of the file's pages that it came from.
-    fn matrix<T>(&self, name: &str, shape: [usize; 2], make: impl Fn(&Blocks) -> candle_core::Result<T>) -> Result<T> {
+    fn matrix<T>(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        make: impl FnOnce(&Blocks) -> candle_core::Result<T>,
+    ) -> Result<T> {
         let [rows, cols] = shape;
         let tensor = self.find(name, &[rows, cols])?;
         let start = tensor.range().start as usize;
@@ -146,8 +151,7 @@ impl Weights for GgufWeights<'_> {
             Some(_) => Some(self.tensor(&bias, &[out_dim])?),
             None => None,
         };
-        let layer =
-            self.matrix(name, [out_dim, in_dim], |blocks| KQuantLinear::on(blocks, bias.clone(), &self.device))?;
+        let layer = self.matrix(name, [out_dim, in_dim], |blocks| KQuantLinear::on(blocks, bias, &self.device))?;
         Ok(layer.with_name(name))
     }
 
