@@ -1,10 +1,9 @@
 // Layout `fixed` (fixed.cuh): made from dense rows, turned back into them, multiplied.
 #include "dense.cuh"
+#include "entry.cuh"
 #include "fixed.cuh"
 #include "ids.cuh"
-#include "product.cuh"
 #include "warpgroup.cuh"
-#include "wide.cuh"
 
 using namespace taper;
 
@@ -119,20 +118,9 @@ extern "C" __global__ void __launch_bounds__(256)
   decode_ids<Fixed>(weights, overflow, ids, out, rows, cols, stride);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_8(const __grid_constant__ Product p) {
-  narrow_product<Fixed, 1>(p);
-}
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) fixed_product_16(const __grid_constant__ Product p) {
-  narrow_product<Fixed, 2>(p);
-}
-extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_32(const __grid_constant__ Product p) {
-  wide_product<Fixed, 4>(p);
-}
-extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) fixed_product_64(const __grid_constant__ Product p) {
-  wide_product<Fixed, 8>(p);
-}
+TAPER_PRODUCTS(fixed, Fixed)
 // Compute capability 9.0 only (code for sm_90a); elsewhere it does nothing.
 extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)
     fixed_warpgroup_64(const __grid_constant__ Product p) {
-  warpgroup_product<Fixed>(p);
+  warpgroup_product<Fixed, 8>(p);
 }

@@ -1,7 +1,7 @@
-// Layouts of ggml's block formats (GGUF files) and of 4-bit integers with a scale for 128 columns: unit.cuh's units,
-// at the bits that the file has (Q3_K: one eighth more).
+// Layouts of ggml's block formats (GGUF files): unit.cuh's units, at the bits that the file has (Q3_K: one eighth
+// more).
 //
-//   weight  scale[group] * (code - ZERO) - minimum[group], as ggml computes it; a group is 16, 32 or 128 columns
+//   weight  scale[group] * (code - ZERO) - minimum[group], as ggml computes it; a group is 16 or 32 columns
 //   unit    planes of codes, as many as the format has bits, then what the 16 rows' groups need (`Six` and the others)
 //           nibbles  4 bits: word 64 j + 2 lane + p/4, bits 4 (p%4) and 16 more
 //           pairs    2 bits: word 32 j + lane, bits 2 p and 16 more
@@ -10,15 +10,6 @@
 //           Register p of vector j is as in unit.cuh where groups have 32 columns or more. With groups of 16 its rows
 //           are the same and its columns 32j + 16 (p/4) + 4t + 2 (p/2 % 2), +1: so one product has one group.
 //   stage   8 units, then a trailer: what superblocks of 256 columns need. There are no repairs.
-//
-// Codes stay integers: put into the mantissa of a bf16 128 they are 128 + code, exactly. A group's products are summed
-// by themselves and scaled as f32: total += scale * c - (128 scale + zero + minimum) * X, where X, the sum of the
-// group's activations, is one more product, with ones. So nothing is rounded before the f32 sums, whatever the scales.
-// Where a sum is not finite (activations or scales that are none, overflow) the unit is multiplied again with each
-// weight as three bf16 parts, as activations.cuh has them: infinities and NaN are then those of the exact product.
-//
-// Budget   thread-instructions a weight, Q4_K and one column of activations: codes 0.9, scales 0.8, products 0.25,
-//          scaling 0.5, loads 0.1: 2.6. At 4.5 bits and 4.5 TB/s there are 3.7, at 3 TB/s 5.5.
 #pragma once
 #include "activations.cuh"
 #include "unit.cuh"
@@ -35,8 +26,8 @@ template <int BITS>
 struct Codes {
   static_assert(BITS >= 2 && BITS <= 6, "");
   static constexpr bool NIBBLES = BITS >= 4, PAIRS = BITS != 4 && BITS != 5, ONES = BITS == 3 || BITS == 5;
-  static constexpr int PAIRS_AT = NIBBLES ? 1024 : 0, ONES_AT = PAIRS_AT + (PAIRS ? 512 : 0),
-                       BYTES = 256 * BITS, MAGIC = 128, SECOND = 4;  // shift of the second row's codes in in_place
+  static constexpr int PAIRS_AT = NIBBLES ? 1024 : 0, ONES_AT = PAIRS_AT + (PAIRS ? 512 : 0), BYTES = 256 * BITS,
+                       MAGIC = 128, SECOND = 4;  // shift of the second row's codes in in_place
   struct Raw {
     uint2 nibbles;
     uint32_t pairs, ones;
@@ -194,9 +185,7 @@ struct SignedBytes {
     }
   }
   // Times factors: scales and minima of row g, of row g+8.
-  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) {
-    d[0] *= s0, d[1] *= s1;
-  }
+  __device__ __forceinline__ void multiply(float s0, float m0, float s1, float m1) { d[0] *= s0, d[1] *= s1; }
   template <bool EXACT>
   __device__ __forceinline__ void of(int group, int h, float& scale, float& min) const {
     scale = times<EXACT>(group < 4 ? scales[h].x : scales[h].y, group & 3, d[h], 128), min = 0;
@@ -298,144 +287,6 @@ struct KQuant {
 template <int GROUP>
 __device__ __forceinline__ constexpr int column_of(int p, int t) {
   return GROUP == 16 ? 16 * (p >> 2) + 4 * t + 2 * (p >> 1 & 1) : 8 * t + 2 * (p >> 1);
-}
-
-// ---- products ----
-// Vector j's weights, over the rows' scales, each in three bf16 parts as activations.cuh has them.
-template <class L>
-__device__ __forceinline__ void exact_parts(const typename L::S& scales, uint32_t at, int lane, int j,
-                                            const float (&inverse)[2], uint32_t (&exact)[3][8]) {
-  uint32_t a[8];
-  L::C::expand(L::C::load(at, lane, j), TWO_128, a);
-#pragma unroll
-  for (int p = 0; p < 8; p++) {
-    float scale, min;
-    scales.template of<true>(L::GROUP == 16 ? 2 * j + (p >> 2) : j, p & 1, scale, min);
-    uint32_t lo[3], hi[3];
-    split(L::value(__uint_as_float(a[p] << 16), scale, min) * inverse[p & 1], 3, lo);
-    split(L::value(__uint_as_float(a[p] & 0xFFFF0000u), scale, min) * inverse[p & 1], 3, hi);
-#pragma unroll
-    for (int s = 0; s < 3; s++) exact[s][p] = __byte_perm(lo[s], hi[s], 0x7632);
-  }
-}
-
-// total = unit * activations with such weights: for sums that are not finite.
-template <class L, int NB, class X>
-__device__ __forceinline__ void multiply_exactly(uint32_t at, uint32_t trailer, int u, int lane,
-                                                 float (&total)[NB][4], X x) {
-  typename L::S scales;
-  scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
-#pragma unroll
-  for (int i = 0; i < NB * 4; i++) total[i / 4][i % 4] = 0;
-#pragma unroll 1
-  for (int j = 0; j < 4; j++) {
-    uint32_t exact[3][8];
-    exact_parts<L>(scales, at, lane, j, {1, 1}, exact);
-#pragma unroll
-    for (int nb = 0; nb < NB; nb++) {
-      const uint4 b = x(j, nb);
-#pragma unroll
-      for (int s = 0; s < 3; s++) {
-        mma(total[nb], exact[s][0], exact[s][1], exact[s][2], exact[s][3], b.x, b.y);
-        mma(total[nb], exact[s][4], exact[s][5], exact[s][6], exact[s][7], b.z, b.w);
-      }
-    }
-  }
-}
-
-template <int N>
-__device__ __forceinline__ bool all_finite(const float (&total)[N][4]) {
-  float odd = 0;  // NaN if any is not
-#pragma unroll
-  for (int i = 0; i < N * 4; i++) odd = fmaf(total[i / 4][i % 4], 0.0f, odd);
-  return !__any_sync(~0u, odd != odd);
-}
-
-// c += unit * activations, as in multiply.cuh. `again` is x for multiply_exactly, where j is not known at compile time.
-template <class L, int NB, class X, class Again>
-__device__ __forceinline__ void multiply_groups(uint32_t at, uint32_t trailer, int u, int lane, float (&c)[NB][4],
-                                                X x, Again again) {
-  constexpr int PARTS = L::GROUP == 16 ? 2 : 1;  // groups in a vector
-  typename L::C::Raw raw[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
-  typename L::S scales;
-  scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
-  const uint32_t magic = two_128();
-  float total[NB][4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    uint32_t a[8];
-    L::C::expand(raw[j], magic, a);
-    float scale[PARTS][2], away[PARTS][2];
-#pragma unroll
-    for (int part = 0; part < PARTS; part++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) L::scale_and_away(scales, PARTS * j + part, h, scale[part][h], away[part][h]);
-#pragma unroll
-    for (int nb = 0; nb < NB; nb++) {
-      const uint4 b = x(j, nb);
-      float d[PARTS][4] = {}, sum[PARTS][4] = {};
-      mma(d[0], a[0], a[1], a[2], a[3], b.x, b.y);
-      mma(d[PARTS - 1], a[4], a[5], a[6], a[7], b.z, b.w);
-      if (L::AWAY) {
-        mma(sum[0], TWO_1, TWO_1, TWO_1, TWO_1, b.x, b.y);
-        mma(sum[PARTS - 1], TWO_1, TWO_1, TWO_1, TWO_1, b.z, b.w);
-      }
-#pragma unroll
-      for (int part = 0; part < PARTS; part++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float scaled = scale[part][i >> 1] * d[part][i];
-          total[nb][i] = j + part ? total[nb][i] + scaled : scaled;
-          if (L::AWAY) total[nb][i] = fmaf(-away[part][i >> 1], sum[part][i & 1], total[nb][i]);
-        }
-    }
-  }
-  if (!all_finite(total)) multiply_exactly<L, NB>(at, trailer, u, lane, total, again);
-#pragma unroll
-  for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] += total[i / 4][i % 4];
-}
-
-// The same for one column of activations, whose groups become columns of B: x(j) is zero but in the lanes of column j,
-// or with groups of 16 of columns 2j (x, y) and 2j + 1 (z, w). So all groups of the unit share their products' sums, and
-// each lane scales two of them only. What the columns of c hold is to be added.
-template <class L, class X, class Again>
-__device__ __forceinline__ void multiply_single(uint32_t at, uint32_t trailer, int u, int lane, float (&c)[1][4], X x,
-                                                Again again) {
-  typename L::C::Raw raw[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
-  typename L::S scales;
-  scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
-  const uint32_t magic = two_128();
-  float d[2][4] = {}, sum[2][4] = {}, total[1][4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    uint32_t a[8];
-    L::C::expand(raw[j], magic, a);
-    const uint4 b = x(j);
-    mma(d[0], a[0], a[1], a[2], a[3], b.x, b.y);
-    mma(d[1], a[4], a[5], a[6], a[7], b.z, b.w);
-    if (L::AWAY) {
-      mma(sum[0], TWO_1, TWO_1, TWO_1, TWO_1, b.x, b.y);
-      mma(sum[1], TWO_1, TWO_1, TWO_1, TWO_1, b.z, b.w);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float scale, away;
-    L::scale_and_away(scales, (2 * (lane & 3) + (i & 1)) & (UNIT_COLS / L::GROUP - 1), i >> 1, scale, away);
-    total[0][i] = scale * (d[0][i] + d[1][i]);
-    if (L::AWAY) total[0][i] = fmaf(-away, sum[0][i & 1] + sum[1][i & 1], total[0][i]);
-  }
-  if (!all_finite(total)) {
-    multiply_exactly<L, 1>(at, trailer, u, lane, total, again);
-    total[0][1] = total[0][3] = 0;
-    if (lane & 3) total[0][0] = total[0][2] = 0;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) c[0][i] += total[0][i];
 }
 
 }  // namespace taper

@@ -1,4 +1,4 @@
-// ggml's blocks as files have them, and W4A16's rows: what `repack` reads. The truth is src/codec/kquant/parts.rs; these
+// ggml's blocks as files have them: what `repack` reads. The truth is src/codec/kquant/parts.rs; these
 // are the same blocks, one code and one group at a time.
 #pragma once
 #include "kquant.cuh"

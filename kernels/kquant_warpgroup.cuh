@@ -16,14 +16,14 @@
 // Launch    as warpgroup.cuh, with dynamic shared memory group_warpgroup_bytes<L, NB>(slots); row_scale must be what
 //           row_scales gave.
 #pragma once
-#include "kquant.cuh"
+#include "kquant_product.cuh"
 #include "warpgroup.cuh"
 
 namespace taper {
 
 template <class L, int NB>
 __host__ __device__ constexpr int group_warpgroup_bytes(int slots) {
-  return (L::UNITS * UNIT_COLS * 2 * 8 + 128 * 16) * NB + CONSUMERS * slots * (warp_slot_bytes<L>() + 8) + 32 * NB + 128;
+  return warpgroup_shared_bytes<L, NB>(slots) + 32 * NB;
 }
 
 // The power of two for each row: a block of 32 threads for each. What is not finite has no say.
@@ -59,87 +59,6 @@ __device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// D (64 x 8 NB) += A (64 x 16, registers) B (16 x 8 NB, shared memory; its descriptor).
-#define WGMMA(N, TYPE, OUTPUTS, A0, A1, A2, A3, B, ...)                                            \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUTPUTS "}, {" A0 "," A1 "," A2 "," A3 \
-               "}, " B ", 1, 1, 1, 0;"                                                             \
-               : __VA_ARGS__                                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define SIXTEEN_NAMES "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define MORE_NAMES ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-template <bool F16_TYPE, int NB>
-__device__ __forceinline__ void wgmma_groups(float (&c)[NB][4], const uint32_t* a, uint64_t b) {
-  if constexpr (NB == 8 && F16_TYPE) {
-    WGMMA(64, "f16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
-          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
-  } else if constexpr (NB == 8) {
-    WGMMA(64, "bf16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
-          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
-  } else if constexpr (F16_TYPE) {
-    WGMMA(32, "f16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
-  } else {
-    WGMMA(32, "bf16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
-  }
-}
-#undef WGMMA
-#undef FOUR
-#undef SIXTEEN_NAMES
-#undef MORE_NAMES
-
-// Sixteen bytes of column n, from column 32 j + 8 i of x on, to where wgmma reads them: registers' columns are
-// column_of.
-template <int GROUP, int NC>
-__device__ __forceinline__ void put_columns(uint32_t xs, int n, int j, int i, uint4 v) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int w = 0; w < 4; w++) {
-    const int q = GROUP == 16 ? i / 2 * 2 + w % 2 : w, t = GROUP == 16 ? i % 2 * 2 + w / 2 : i;
-    sts32(xs + ((j * 4 + q) * NC + n) * 16 + t * 4, words[w]);
-  }
-}
-
-// Columns [first, first + width) of x to shared memory as bf16; columns of activations past the last are zero.
-template <int GROUP, int NB>
-__device__ __forceinline__ void arrange_groups(uint32_t xs, const Product& p, int first, int width, int columns,
-                                               uint32_t staging, int tid) {
-  constexpr int NC = 8 * NB;
-  const int pieces = width / 32 * NC * 4;
-  if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
-    constexpr int DEEP = 8;
-    for (int base = tid; base < pieces; base += DEEP * CONSUMER_THREADS) {
-      uint4 v[DEEP];
-#pragma unroll
-      for (int d = 0; d < DEEP; d++) {
-        const int at = base + d * CONSUMER_THREADS, i = at & 3, n = at / 4 % NC, j = at / 4 / NC;
-        v[d] = at < pieces && n < columns
-                   ? *(const uint4*)((const uint16_t*)p.x + (size_t)n * p.x_stride + first + 32 * j + 8 * i)
-                   : make_uint4(0, 0, 0, 0);
-      }
-#pragma unroll
-      for (int d = 0; d < DEEP; d++) {
-        const int at = base + d * CONSUMER_THREADS;
-        if (at < pieces) put_columns<GROUP, NC>(xs, at / 4 % NC, at / 4 / NC, at & 3, v[d]);
-      }
-    }
-    return;
-  }
-  constexpr int STEP = 64, STRIDE = activation_stride(STEP);  // NC rows of 192 bytes fit where the sums will be
-  for (int at = 0; at < width; at += STEP) {
-    load_activations<CONSUMER_THREADS>(staging, STRIDE, p.x, p.x_type, p.x_stride, p.batch, p.cols, first + at, STEP,
-                                       tid);
-    async_commit();
-    async_wait<0>();
-    __syncthreads();
-    for (int piece = tid; piece < STEP / 32 * NC * 4; piece += CONSUMER_THREADS) {
-      const int i = piece & 3, n = piece / 4 % NC, j = piece / 4 / NC;
-      put_columns<GROUP, NC>(xs, n, at / 32 + j, i,
-                             n < columns ? lds128(staging + n * STRIDE + j * 64 + i * 16) : make_uint4(0, 0, 0, 0));
-    }
-    __syncthreads();
-  }
-}
-
 // Turns x, as it lies in shared memory, into f16, and leaves for each column what undoes its scale. False if something
 // in it is not finite: then all is as it was.
 template <int NB>
@@ -208,7 +127,7 @@ __device__ __forceinline__ void group_warpgroup_product(const Product& p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int NC = 8 * NB, X_BYTES = L::UNITS * UNIT_COLS * 2 * NC;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, half = warp >> 2;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, half = warp >> 2;
   const Part<L> part(p);
   const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS,
             units = part.shape.units_of(part.stage0);
@@ -225,7 +144,7 @@ __device__ __forceinline__ void group_warpgroup_product(const Product& p) {
   __syncwarp();
   let_next_kernel_start();
   wait_for_previous_kernel();
-  arrange_groups<L::GROUP, NB>(xs, p, part.first_col(), part.width(), columns, sums, tid);
+  arrange_activations<L::GROUP, NB>(xs, p, part.first_col(), part.width(), columns, sums, tid);
   __syncthreads();
   const bool narrow = narrow_columns<NB>(xs, factors, (uint32_t*)(memory + X_BYTES), part.width(), tid);
   fence_async_proxy();
@@ -249,8 +168,8 @@ __device__ __forceinline__ void group_warpgroup_product(const Product& p) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const uint32_t x = xs + (u * 4 + j) * 4 * NC * 16;
-        wgmma_groups<true>(c, a[j], b_descriptor(x, NC * 16));
-        wgmma_groups<true>(c, a[j] + 4, b_descriptor(x + 2 * NC * 16, NC * 16));
+        wgmma<true>(c, a[j], b_descriptor(x, NC * 16));
+        wgmma<true>(c, a[j] + 4, b_descriptor(x + 2 * NC * 16, NC * 16));
       }
       wgmma_commit();
       wgmma_wait();
@@ -273,8 +192,8 @@ __device__ __forceinline__ void group_warpgroup_product(const Product& p) {
 #pragma unroll
           for (int s = 0; s < 3; s++) {
             const uint32_t x = xs + (u * 4 + j) * 4 * NC * 16;
-            wgmma_groups<false>(c, exact[s], b_descriptor(x, NC * 16));
-            wgmma_groups<false>(c, exact[s] + 4, b_descriptor(x + 2 * NC * 16, NC * 16));
+            wgmma<false>(c, exact[s], b_descriptor(x, NC * 16));
+            wgmma<false>(c, exact[s] + 4, b_descriptor(x + 2 * NC * 16, NC * 16));
           }
           wgmma_commit();
           wgmma_wait();
@@ -282,30 +201,10 @@ __device__ __forceinline__ void group_warpgroup_product(const Product& p) {
         if (there) mine.done(lane);
       }
     }
-    // The second half's sums join the first's, which leaves them in the slab's plane.
-    const uint32_t spot = sums + (tid & 127) * 4;
-    if (half) {
-#pragma unroll
-      for (int i = 0; i < NB * 4; i++) sts_float(spot + i * 512, c[i / 4][i % 4]);
-    }
-    __syncthreads();
-    if (!half && there) {
-      float* to = p.partial + (size_t)part.slab * columns * padded_rows + row;
-#pragma unroll
-      for (int i = 0; i < NB * 4; i++) {
-        const int column = 8 * (i / 4) + 2 * t + (i & 1);
-        const float sum = c[i / 4][i % 4] + lds_float(spot + i * 512);
-        if (column < columns)
-          to[(size_t)column * padded_rows + 8 * (i >> 1 & 1)] = narrow ? sum * lds_float(factors + 4 * column) : sum;
-      }
-    }
-    __syncthreads();
+    join_halves<NB>(p, c, sums, part.slab, columns, padded_rows, row, there, tid,
+                    [&](int column) { return narrow ? lds_float(factors + 4 * column) : 1.0f; });
   }
-  meet(p, part.group, tid);
-  const int from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
-  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs * parts, tid, [&](int term, int m) {
-    return p.partial + ((size_t)(term / parts) * columns + m * parts + term % parts) * padded_rows;
-  });
+  add_halves(p, part, columns, padded_rows, tid);
 #endif
 }
 

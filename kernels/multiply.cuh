@@ -1,6 +1,6 @@
 // One unit times its activations, on tensor cores.
 #pragma once
-#include "kquant.cuh"
+#include "kquant_product.cuh"
 #include "ring.cuh"
 
 namespace taper {

@@ -26,12 +26,10 @@ template <class L>
 __host__ __device__ constexpr int warp_slot_bytes() {
   return L::UNIT_BYTES + L::TRAILER;
 }
-constexpr int WARPGROUP_NB = 8;  // eights of columns of activations
-// x, the second warpgroup's sums, rings and their barriers.
-template <class L>
+// x, the second warpgroup's sums, rings and their barriers. NB: eights of columns of activations.
+template <class L, int NB>
 __host__ __device__ constexpr int warpgroup_shared_bytes(int slots) {
-  return (L::UNITS * UNIT_COLS * 2 * 8 + 128 * 16) * WARPGROUP_NB + CONSUMERS * slots * (warp_slot_bytes<L>() + 8) +
-         128;
+  return (L::UNITS * UNIT_COLS * 2 * 8 + 128 * 16) * NB + CONSUMERS * slots * (warp_slot_bytes<L>() + 8) + 128;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -39,19 +37,33 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// D (64 x 64) += A (64 x 16, registers) B (16 x 64, shared memory; its descriptor).
-__device__ __forceinline__ void wgmma(float (&c)[8][4], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
-        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
-        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
-        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+// D (64 x 8 NB) += A (64 x 16, registers) B (16 x 8 NB, shared memory; its descriptor).
+#define WGMMA(N, TYPE, OUTPUTS, A0, A1, A2, A3, B, ...)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUTPUTS "}, {" A0 "," A1 "," A2 \
+               "," A3 "}, " B ", 1, 1, 1, 0;"                                                                       \
+               : __VA_ARGS__                                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define SIXTEEN_NAMES "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MORE_NAMES ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+template <bool F16_TYPE, int NB>
+__device__ __forceinline__ void wgmma(float (&c)[NB][4], const uint32_t* a, uint64_t b) {
+  if constexpr (NB == 8 && F16_TYPE) {
+    WGMMA(64, "f16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
+          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
+  } else if constexpr (NB == 8) {
+    WGMMA(64, "bf16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
+          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
+  } else if constexpr (F16_TYPE) {
+    WGMMA(32, "f16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
+  } else {
+    WGMMA(32, "bf16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
+  }
 }
+#undef WGMMA
+#undef FOUR
+#undef SIXTEEN_NAMES
+#undef MORE_NAMES
 
 // Descriptor of B: no swizzle, 8 x 16-byte blocks that lie 128 bytes apart over columns of x and `chunk` bytes apart
 // over K.
@@ -59,17 +71,23 @@ __device__ __forceinline__ uint64_t b_descriptor(uint32_t at, uint32_t chunk) {
   return (uint64_t)(at >> 4 & 0x3FFF) | (uint64_t)(chunk >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
 }
 
-// Columns [first, first + width) of x to shared memory in the order above; columns of activations past the last are
-// zero.
+// Sixteen bytes of column n, from column 32 j + 8 i of x on, to where wgmma reads them.
+template <int GROUP, int NC>
+__device__ __forceinline__ void put_columns(uint32_t xs, int n, int j, int i, uint4 v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    const int q = GROUP == 16 ? i / 2 * 2 + w % 2 : w, t = GROUP == 16 ? i % 2 * 2 + w / 2 : i;
+    sts32(xs + ((j * 4 + q) * NC + n) * 16 + t * 4, words[w]);
+  }
+}
+
+// Columns [first, first + width) of x to shared memory as bf16, in the order above; columns of activations past the
+// last are zero.
+template <int GROUP, int NB>
 __device__ __forceinline__ void arrange_activations(uint32_t xs, const Product& p, int first, int width, int columns,
                                                     uint32_t staging, int tid) {
-  constexpr int NC = 8 * WARPGROUP_NB;
-  // Four neighbouring lanes hold the 64 bytes of vector j of column n, lane t the words that are t-th in each of its
-  // four chunks.
-  const auto store = [&](int n, int j, int t, uint4 v) {
-    const uint32_t at = xs + (j * 4 * NC + n) * 16 + t * 4;
-    sts32(at, v.x), sts32(at + NC * 16, v.y), sts32(at + 2 * NC * 16, v.z), sts32(at + 3 * NC * 16, v.w);
-  };
+  constexpr int NC = 8 * NB;
   const int pieces = width / 32 * NC * 4;
   if (p.x_type == BF16 && first + width <= p.cols && ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0) {
     constexpr int DEEP = 8;
@@ -77,15 +95,15 @@ __device__ __forceinline__ void arrange_activations(uint32_t xs, const Product& 
       uint4 v[DEEP];
 #pragma unroll
       for (int d = 0; d < DEEP; d++) {
-        const int i = base + d * CONSUMER_THREADS, t = i & 3, n = i / 4 % NC, j = i / 4 / NC;
-        v[d] = i < pieces && n < columns
-                   ? *(const uint4*)((const uint16_t*)p.x + (size_t)n * p.x_stride + first + 32 * j + 8 * t)
+        const int at = base + d * CONSUMER_THREADS, i = at & 3, n = at / 4 % NC, j = at / 4 / NC;
+        v[d] = at < pieces && n < columns
+                   ? *(const uint4*)((const uint16_t*)p.x + (size_t)n * p.x_stride + first + 32 * j + 8 * i)
                    : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
       for (int d = 0; d < DEEP; d++) {
-        const int i = base + d * CONSUMER_THREADS;
-        if (i < pieces) store(i / 4 % NC, i / 4 / NC, i & 3, v[d]);
+        const int at = base + d * CONSUMER_THREADS;
+        if (at < pieces) put_columns<GROUP, NC>(xs, at / 4 % NC, at / 4 / NC, at & 3, v[d]);
       }
     }
     return;
@@ -97,9 +115,10 @@ __device__ __forceinline__ void arrange_activations(uint32_t xs, const Product& 
     async_commit();
     async_wait<0>();
     __syncthreads();
-    for (int i = tid; i < STEP / 32 * NC * 4; i += CONSUMER_THREADS) {
-      const int t = i & 3, n = i / 4 % NC, j = i / 4 / NC;
-      store(n, at / 32 + j, t, n < columns ? lds128(staging + n * STRIDE + j * 64 + t * 16) : make_uint4(0, 0, 0, 0));
+    for (int piece = tid; piece < STEP / 32 * NC * 4; piece += CONSUMER_THREADS) {
+      const int i = piece & 3, n = piece / 4 % NC, j = piece / 4 / NC;
+      put_columns<GROUP, NC>(xs, n, at / 32 + j, i,
+                             n < columns ? lds128(staging + n * STRIDE + j * 64 + i * 16) : make_uint4(0, 0, 0, 0));
     }
     __syncthreads();
   }
@@ -148,14 +167,48 @@ struct WarpUnits {
     if ((int)++slot == slots) slot = 0, phase ^= 1;
   }
 };
+// The second warpgroup's sums join the first's, which leaves them, times factor(column), in the slab's plane. `row`:
+// the lane's first.
+template <int NB, class Factor>
+__device__ __forceinline__ void join_halves(const Product& p, const float (&c)[NB][4], uint32_t sums, int slab,
+                                            int columns, int padded_rows, int row, bool there, int tid, Factor factor) {
+  const uint32_t spot = sums + (tid & 127) * 4;
+  const bool second = tid >= 128;
+  if (second) {
+#pragma unroll
+    for (int i = 0; i < NB * 4; i++) sts_float(spot + i * 512, c[i / 4][i % 4]);
+  }
+  __syncthreads();
+  if (!second && there) {
+    float* to = p.partial + (size_t)slab * columns * padded_rows + row;
+#pragma unroll
+    for (int i = 0; i < NB * 4; i++) {
+      const int column = 8 * (i / 4) + 2 * (tid & 3) + (i & 1);
+      const float sum = c[i / 4][i % 4] + lds_float(spot + i * 512);
+      if (column < columns) to[(size_t)column * padded_rows + 8 * (i >> 1 & 1)] = sum * factor(column);
+    }
+  }
+  __syncthreads();
+}
+
+// When all slabs of the block's group have come so far, its share of the tiles is added up.
+template <class L>
+__device__ __forceinline__ void add_halves(const Product& p, const Part<L>& part, int columns, int padded_rows,
+                                           int tid) {
+  meet(p, part.group, tid);
+  const int parts = p.x_type + 1, from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
+  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs * parts, tid, [&](int term, int m) {
+    return p.partial + ((size_t)(term / parts) * columns + m * parts + term % parts) * padded_rows;
+  });
+}
 #endif
 
-template <class L>
+template <class L, int NB>
 __device__ __forceinline__ void warpgroup_product(const Product& p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) uint8_t memory[];
-  constexpr int NB = WARPGROUP_NB, NC = 8 * NB, X_BYTES = L::UNITS * UNIT_COLS * 2 * NC;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, half = warp >> 2;
+  constexpr int NC = 8 * NB, X_BYTES = L::UNITS * UNIT_COLS * 2 * NC;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, half = warp >> 2;
   const Part<L> part(p);
   const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS,
             units = part.shape.units_of(part.stage0);
@@ -172,7 +225,7 @@ __device__ __forceinline__ void warpgroup_product(const Product& p) {
   __syncwarp();
   let_next_kernel_start();
   wait_for_previous_kernel();
-  arrange_activations(xs, p, part.first_col(), part.width(), columns, sums, tid);
+  arrange_activations<L::GROUP, NB>(xs, p, part.first_col(), part.width(), columns, sums, tid);
   fence_async_proxy();
   __syncthreads();
 
@@ -194,35 +247,16 @@ __device__ __forceinline__ void warpgroup_product(const Product& p) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const uint32_t at = xs + (u * 4 + j) * 4 * NC * 16;
-        wgmma(c, a[j], b_descriptor(at, NC * 16));
-        wgmma(c, a[j] + 4, b_descriptor(at + 2 * NC * 16, NC * 16));
+        wgmma<false>(c, a[j], b_descriptor(at, NC * 16));
+        wgmma<false>(c, a[j] + 4, b_descriptor(at + 2 * NC * 16, NC * 16));
       }
       wgmma_commit();
       wgmma_wait();
     }
-    // The second half's sums join the first's, which leaves them in the slab's plane.
-    const uint32_t spot = sums + (tid & 127) * 4;
-    if (half) {
-#pragma unroll
-      for (int i = 0; i < NB * 4; i++) sts_float(spot + i * 512, c[i / 4][i % 4]);
-    }
-    __syncthreads();
-    if (!half && there) {
-      float* to = p.partial + (size_t)part.slab * columns * padded_rows + (part.tile0 + tile0 + warp) * TILE_ROWS + g;
-#pragma unroll
-      for (int i = 0; i < NB * 4; i++) {
-        const int column = 8 * (i / 4) + 2 * t + (i & 1);
-        const float sum = c[i / 4][i % 4] + lds_float(spot + i * 512);
-        if (column < columns) to[(size_t)column * padded_rows + 8 * (i >> 1 & 1)] = sum;
-      }
-    }
-    __syncthreads();
+    join_halves<NB>(p, c, sums, part.slab, columns, padded_rows,
+                    (part.tile0 + tile0 + (warp & 3)) * TILE_ROWS + (lane >> 2), there, tid, [](int) { return 1.0f; });
   }
-  meet(p, part.group, tid);
-  const int from = part.tiles * part.slab / p.slabs, to = part.tiles * (part.slab + 1) / p.slabs;
-  add_planes<CONSUMER_THREADS>(p, part.tile0 + from, to - from, p.slabs * parts, tid, [&](int term, int m) {
-    return p.partial + ((size_t)(term / parts) * columns + m * parts + term % parts) * padded_rows;
-  });
+  add_halves(p, part, columns, padded_rows, tid);
 #endif
 }
 

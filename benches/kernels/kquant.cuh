@@ -1,6 +1,7 @@
 // Matrices in ggml's block formats: random blocks, what they stand for, and the layouts of kernels/kquant.cuh.
 #pragma once
 #include "../../kernels/kquant.cu"
+#include "../../kernels/kquant_small.cu"
 #include "staged.cuh"
 
 namespace bench {

@@ -98,7 +98,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots);
   }
   if (warpgroup)
-    launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L>(p.slots);
+    launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L, 8>(p.slots);
   if (slabs > shape.stages) {
     fprintf(stderr, "%d slabs of %d stages\n", slabs, shape.stages);
     exit(1);

@@ -16,6 +16,7 @@ use super::layers::SideStreams;
 use super::pair::PairKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
+use crate::codec::kquant::GgmlType;
 use crate::{Error, Result};
 
 /// What `build.rs` compiled.
@@ -126,10 +127,11 @@ impl Kernels {
         if let Some(loaded) = self.blocks.get() {
             return Ok(loaded);
         }
-        let module = driver(self.context.load_module(Ptx::from_binary(image::KQUANT.to_vec())))?;
-        let load = |ty| {
-            let family = Family::Blocks(ty);
-            Ok((family, PackedKernels::load(family, &module, self.shared, self.warpgroups)?))
+        let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
+        let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
+        let load = |ty: GgmlType| {
+            let (family, module) = (Family::Blocks(ty), if ty.block_len() == 256 { &large } else { &small });
+            Ok((family, PackedKernels::load(family, module, self.shared, self.warpgroups)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.
