@@ -202,3 +202,22 @@ fn wrong_usage_is_told_from_failure() {
     fails(&["--model", model, "--stock", "q8_0"], "bf16, f16 and f32");
     fails(&["--model", model, "--max-time=0"], "--max-time");
 }
+
+#[test]
+fn what_fusing_saves_is_counted() {
+    let args = ["--shape", "512x256", "--rows", "2", "--rotate", "0", "-r", "2", "--unfused", "--stock", "f32"];
+    let args = [&args[..], &["--codec", "q4_k,fixed12", "--json", "-q"]].concat();
+    let json = json(&bench(&args));
+    let rows = json["groups"][0]["rows"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["q4_k", "q4_k, unfused", "fixed12", "fixed12, unfused", "f32"]);
+    let number = |row: usize, key: &str| rows[row][key].as_u64().unwrap();
+    let (dense, activations) = (512 * 256 * 4, 2 * (512 + 256) * 4);
+    for row in [0, 2, 4] {
+        assert_eq!(number(row, "moved_bytes"), number(row, "bytes") + activations);
+    }
+    for row in [1, 3] {
+        assert_eq!(number(row, "moved_bytes"), number(row - 1, "bytes") + 2 * dense + activations);
+    }
+    assert_eq!(number(4, "bytes"), dense);
+}

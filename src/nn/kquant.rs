@@ -67,6 +67,11 @@ impl KQuantLinear {
         self.op.stored_bytes()
     }
 
+    /// The weight as an operation, without the bias.
+    pub fn op(&self) -> &KQuantMatmul {
+        &self.op
+    }
+
     /// The bias.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
@@ -77,8 +82,7 @@ impl KQuantLinear {
     /// # Errors
     /// None for a layer that could be made.
     pub fn to_dense(&self) -> Result<Linear> {
-        let ids = Tensor::arange(0, self.op.shape()[0] as u32, &self.op.device())?;
-        Ok(Linear::new(self.op.rows_of(&ids, DType::F32)?, self.bias.clone()))
+        Ok(Linear::new(self.op.dequantize(DType::F32)?, self.bias.clone()))
     }
 
     fn biased(&self, y: Tensor) -> Result<Tensor> {

@@ -10,7 +10,7 @@ use super::compressed_linear::{Rows, activation_rows, split_products, store};
 #[cfg(feature = "cuda")]
 use super::place::dense_product;
 use crate::codec::kquant::GgmlType;
-use crate::matrix::{KQuantMatrix, kquant_matmul_each};
+use crate::matrix::{KQuantMatrix, kquant_matmul_each, run_parts};
 use crate::{Error, Result as TaperResult};
 
 /// The product of an activation with the transpose of a quantised matrix.
@@ -158,6 +158,14 @@ impl KQuantMatmul {
         }
     }
 
+    /// The whole matrix, dequantised and rounded to `dtype`.
+    ///
+    /// # Errors
+    /// If the memory is too small.
+    pub fn dequantize(&self, dtype: candle_core::DType) -> Result<Tensor> {
+        self.rows_of(&Tensor::arange(0, self.shape[0] as u32, &self.device())?, dtype)
+    }
+
     fn on_cpu(&self) -> Result<&Arc<KQuantMatrix>> {
         self.matrix().ok_or_else(|| self.elsewhere("the CPU", "a GPU"))
     }
@@ -194,9 +202,8 @@ impl KQuantMatmul {
 fn rows_of(matrix: &KQuantMatrix, ids: &[u32]) -> Result<Tensor> {
     let cols = matrix.cols();
     let mut values = vec![0.0; ids.len() * cols];
-    for (&id, values) in ids.iter().zip(values.chunks_exact_mut(cols)) {
-        matrix.dequantize_row(id as usize, values)?;
-    }
+    let rows = values.chunks_exact_mut(cols).collect();
+    run_parts(&PoolExecutor, rows, |row, values| matrix.dequantize_row(ids[row] as usize, values))?;
     Tensor::from_vec(values, (ids.len(), cols), &Device::Cpu)
 }
 

@@ -58,6 +58,10 @@ pub struct BenchArgs {
     /// On a GPU, let no kernel start before the one that it follows has ended; layers are timed both ways without it
     #[arg(long)]
     pub plain_launch: bool,
+    /// Also time each of our layers decoded to memory and then multiplied by candle; a column counts the bytes that
+    /// either moves
+    #[arg(long, conflicts_with = "model")]
+    pub unfused: bool,
     /// On a GPU, also time decoding layers to memory: one alone, and five at once
     #[arg(long, conflicts_with = "model")]
     pub decode: bool,

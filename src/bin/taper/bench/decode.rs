@@ -61,7 +61,7 @@ pub fn run(
         let (name, stored, _) = &subjects[subject];
         let name = if together { format!("{name}, five at once") } else { name.clone() };
         let samples = Samples::new(samples.all()[1..].to_vec());
-        Row { name, stock: false, bytes: *stored as u64, weights: (out * input) as u64, samples }
+        Row { name, stock: false, bytes: *stored as u64, weights: (out * input) as u64, moved: None, samples }
     });
     Ok(Group { title, tokens: None, samples_a_pass: 1, rows: rows.collect(), plot: None })
 }

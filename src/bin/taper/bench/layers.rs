@@ -9,6 +9,7 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Linear;
 use candle_taper::nn::{CompressedLinear, KQuantLinear};
+use candle_taper::ops::CompressedMatmul;
 use candle_taper::{Dtype, compress};
 use half::bf16;
 use rand::SeedableRng;
@@ -42,6 +43,8 @@ struct Subject {
     stock: bool,
     /// Bytes of its weight.
     bytes: usize,
+    /// Bytes of the uncompressed weight that are written and read again: none if it is multiplied as it is decoded.
+    aside: usize,
     /// The dtype of its activations.
     dtype: DType,
     /// The same layer several times, so that together they are larger than the caches.
@@ -66,7 +69,19 @@ impl Subject {
         while copies.len() < rotate.div_ceil(bytes.max(1)) {
             copies.push(Box::new(make()?.0));
         }
-        Ok(Subject { name, stock, bytes, dtype, copies: Rc::new(copies), next: 0, plain: false })
+        Ok(Subject { name, stock, bytes, aside: 0, dtype, copies: Rc::new(copies), next: 0, plain: false })
+    }
+
+    /// The other way to multiply with such a weight: `make` gives a layer that writes all its `weights` and reads them again.
+    fn unfused<F: Fn() -> candle_core::Result<Tensor> + 'static>(
+        &self,
+        rotate: usize,
+        weights: usize,
+        make: impl Fn() -> Result<F>,
+    ) -> Result<Subject> {
+        let name = format!("{}, unfused", self.name);
+        let made = Subject::new(name, false, self.dtype, rotate, || Ok((Unfused(make()?), self.bytes)))?;
+        Ok(Subject { aside: 2 * weights * self.dtype.size_in_bytes(), ..made })
     }
 
     /// The same layers, launched plainly.
@@ -86,6 +101,15 @@ impl Subject {
             Ok(())
         })?;
         Ok(seconds / f64::from(calls))
+    }
+}
+
+/// A layer whose weight is decoded to memory for each product.
+struct Unfused<F>(F);
+
+impl<F: Fn() -> candle_core::Result<Tensor>> Module for Unfused<F> {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        Linear::new((self.0)()?, None).forward(x)
     }
 }
 
@@ -181,11 +205,16 @@ fn group(
         subjects[subject].time(&inputs[subject], calls[subject], clock)
     })?;
     let (weights, rows_of_activations) = ((shape.out * shape.input) as u64, rows);
+    let unfused = subjects.iter().any(|subject| subject.aside > 0);
     let row = |subject: &Subject| Row {
         name: subject.name.clone(),
         stock: subject.stock,
         bytes: subject.bytes as u64,
         weights,
+        moved: unfused.then(|| {
+            let activations = rows_of_activations * (shape.out + shape.input) * subject.dtype.size_in_bytes();
+            (subject.bytes + subject.aside + activations) as u64
+        }),
         samples: Default::default(),
     };
     let rows = subjects.iter().zip(samples).map(|(subject, samples)| Row { samples, ..row(subject) });
@@ -231,7 +260,16 @@ fn subjects(
                     let bytes = layer.stored_bytes();
                     Ok((layer, bytes))
                 };
-                subjects.push(Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?);
+                let fused = Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?;
+                let dtype = fused.dtype;
+                let other = args.unfused.then(|| {
+                    fused.unfused(rotate, out * input, || {
+                        let layer = KQuantLinear::from_qtensor(&copied(&blocks, device)?, None)?;
+                        Ok(move || layer.op().dequantize(dtype))
+                    })
+                });
+                subjects.push(fused);
+                subjects.extend(other.transpose()?);
                 steps.step();
             }
             continue;
@@ -252,6 +290,14 @@ fn subjects(
                 name += &format!(" as {}", used.map_or(layout, |(layout, _)| layout).name());
             }
             let subject = Subject::new(name, false, args.activations(), rotate, layer)?;
+            let dtype = subject.dtype;
+            let other = args.unfused.then(|| {
+                subject.unfused(rotate, out * input, || {
+                    let weight = candle_taper::matrix::Weight::new(stream.clone())?;
+                    let op = CompressedMatmul::on(weight, device, layout)?;
+                    Ok(move || Ok(CompressedMatmul::decode_each(&[&op], dtype)?.swap_remove(0)))
+                })
+            });
             match (device.is_cuda(), args.plain_launch) {
                 (false, _) => subjects.push(subject),
                 (true, true) => subjects.push(subject.plainly()),
@@ -260,6 +306,7 @@ fn subjects(
                     subjects.extend([subject, plain]);
                 }
             }
+            subjects.extend(other.transpose()?);
         }
         steps.step();
     }

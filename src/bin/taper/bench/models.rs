@@ -135,6 +135,7 @@ fn group(
         stock: plan.stock(),
         bytes: model.bytes,
         weights: model.weights,
+        moved: None,
         samples,
     });
     Ok(Group { title, tokens: Some(tokens), samples_a_pass, rows: rows.collect(), plot: None })

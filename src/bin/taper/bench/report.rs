@@ -48,6 +48,8 @@ pub struct Row {
     pub bytes: u64,
     /// Weights that these bytes hold.
     pub weights: u64,
+    /// Bytes that are read and written for one product, where that is compared.
+    pub moved: Option<u64>,
     /// Seconds.
     pub samples: Samples,
 }
@@ -132,6 +134,7 @@ fn table(group: &Group, read: Option<f64>) -> String {
     };
     let mut header: Vec<String> = ["", "bits/w", "MB", speed, "spread", "GB/s"].map(str::to_owned).to_vec();
     header.extend(read.map(|_| "of read".to_owned()));
+    header.extend(group.rows.iter().any(|row| row.moved.is_some()).then(|| "moved MB".to_owned()));
     header.extend(group.rows.iter().filter(|row| row.stock).map(|row| format!("x {}", row.name)));
     let mut lines = vec![header];
     for row in &group.rows {
@@ -152,6 +155,7 @@ fn table(group: &Group, read: Option<f64>) -> String {
             number(group.gb_per_s(row)),
         ];
         line.extend(read.map(|read| format!("{:.0}%", 100.0 * group.gb_per_s(row) * 1e9 / read)));
+        line.extend(row.moved.map(|moved| number(moved as f64 / 1e6)));
         line.extend(ratios(group, row).map(|(_, ratio)| number(ratio)));
         lines.push(line);
     }
@@ -207,6 +211,9 @@ fn group_json(group: &Group, read: Option<f64>) -> Value {
         });
         if let Some(read) = read {
             value["share_of_read_bandwidth"] = (group.gb_per_s(row) * 1e9 / read).into();
+        }
+        if let Some(moved) = row.moved {
+            value["moved_bytes"] = moved.into();
         }
         if group.tokens.is_some() {
             value["tokens_per_s"] = (1.0 / row.samples.median().max(1e-12)).into();
