@@ -1,7 +1,7 @@
-// Layouts of ggml's block formats (GGUF files): unit.cuh's units, at the bits that the file has (Q3_K: one eighth
-// more).
+// Layouts of ggml's block formats (GGUF files) and of 4-bit integers in groups of 128 (AWQ, GPTQ): unit.cuh's units, at
+// the bits that the file has (Q3_K: one eighth more).
 //
-//   weight  scale[group] * (code - ZERO) - minimum[group], as ggml computes it; a group is 16 or 32 columns
+//   weight  scale[group] * (code - ZERO) - minimum[group], as ggml computes it; a group is 16, 32 or 128 columns
 //   unit    planes of codes, as many as the format has bits, then what the 16 rows' groups need (`Six` and the others)
 //           nibbles  4 bits: word 64 j + 2 lane + p/4, bits 4 (p%4) and 16 more
 //           pairs    2 bits: word 32 j + lane, bits 2 p and 16 more
@@ -20,6 +20,12 @@ constexpr uint32_t TWO_128 = 0x43004300u, TWO_1 = 0x3F803F80u;  // pairs of bf16
 // TWO_128 in a register: a LOP3 has room for one constant, and the mask is that. blockDim.y is 1, which the compiler
 // does not know.
 __device__ __forceinline__ uint32_t two_128() { return blockDim.y * TWO_128; }
+
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 // ---- codes ----
 template <int BITS>
@@ -95,7 +101,7 @@ struct Codes<8> {
     for (int p = 0; p < 8; p++) {
       const uint32_t two = __byte_perm(words[p / 2], 0, p & 1 ? 0x4341 : 0x4240), low = (two & 0x007F007Fu) | magic,
                      away = (two & 0x00800080u) ^ 0xC380C380u;
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[p]) : "r"(low), "r"(TWO_1), "r"(away));
+      a[p] = fma_bf16x2(low, TWO_1, away);
     }
   }
   // a[p]: two f16, (n + 128) * 2^-24.
@@ -260,6 +266,34 @@ struct Halves {
       ((uint16_t*)at)[4 * row + g] = (uint16_t)block(g).d();
       if (MINS) ((uint16_t*)(at + 128))[4 * row + g] = (uint16_t)block(g).dmin();
     }
+  }
+};
+
+// One group a unit: an f16 scale and a byte, the code that means zero (0 to 31), for each row. Words of the scales of
+// rows g and g+8, then halfwords of their zeros.
+struct Zeros {
+  static constexpr int GROUP = 128, BYTES = 48, TRAILER = 0;
+  static constexpr int MOST = 16;  // of code - zero
+  static constexpr bool MINS = true;
+  float scale[2];
+  uint32_t zeros;
+  __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int g) {
+    const uint32_t both = lds32(at + 4 * g);
+    scale[0] = half_to_float(both & 0xFFFF), scale[1] = half_to_float(both >> 16), zeros = lds16(at + 32 + 2 * g);
+  }
+  // Two bf16 -(128 + zero) for row g (h = 0) or g+8.
+  __device__ __forceinline__ uint32_t away(int h) const {
+    return 0xC300C300u + __byte_perm(zeros, 0, h ? 0x4141 : 0x4040);
+  }
+  template <bool EXACT>
+  __device__ __forceinline__ void of(int, int h, float& s, float& min) const {
+    s = scale[h], min = scale[h] * (float)(zeros >> 8 * h & 0xFF);
+  }
+  template <class Block>
+  __device__ static void store(uint8_t* at, uint8_t*, int, int row, Block block) {
+    const auto b = block(0);
+    const int place = 2 * (row & 7) + (row >> 3);
+    ((uint16_t*)at)[place] = (uint16_t)b.d(), at[32 + place] = (uint8_t)b.zero();
   }
 };
 

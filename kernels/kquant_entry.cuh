@@ -5,7 +5,8 @@
 #include "kquant_formats.cuh"
 #include "kquant_warpgroup.cuh"
 
-#define KQUANT_LAYOUT(NAME, L)                                                                                         \
+// What all of them have.
+#define BLOCK_LAYOUT(NAME, L)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       NAME##_repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights) {                                     \
     repack_stage<L>(blocks, rows, cols, weights);                                                                      \
@@ -18,20 +19,30 @@
                                                                int out_type, int rows, int cols, int stride) {         \
     decode_group_ids<L>(weights, ids, out, out_type, rows, cols, stride);                                              \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_1(const __grid_constant__ Product p) {         \
-    narrow_product<L, 1, true>(p);                                                                                     \
-  }                                                                                                                    \
-  TAPER_PRODUCTS(NAME, L)                                                                                              \
-  /* The power of two for each row that the next two need. */                                                          \
-  extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) {    \
-    group_row_scales<L>(blocks, cols, out);                                                                            \
-  }                                                                                                                    \
-  /* Compute capability 9.0 only (code for sm_90a); elsewhere they do nothing. */                                      \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)                                                    \
-      NAME##_warpgroup_32(const __grid_constant__ Product p) {                                                         \
-    group_warpgroup_product<L, 4>(p);                                                                                  \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)                                                    \
-      NAME##_warpgroup_64(const __grid_constant__ Product p) {                                                         \
-    group_warpgroup_product<L, 8>(p);                                                                                  \
+  TAPER_PRODUCTS(NAME, L)
+
+// Products of whole warpgroups, for up to 32 and 64 columns of activations. Compute capability 9.0 only (code for
+// sm_90a); elsewhere they do nothing.
+#define WARPGROUP_PRODUCTS(NAME, L, PRODUCT)                        \
+  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
+      NAME##_warpgroup_32(const __grid_constant__ Product p) {      \
+    PRODUCT<L, 4>(p);                                               \
+  }                                                                 \
+  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
+      NAME##_warpgroup_64(const __grid_constant__ Product p) {      \
+    PRODUCT<L, 8>(p);                                               \
   }
+
+// Groups of 16 or 32: also a product for one column, and the power of two for each row that warpgroups need.
+#define KQUANT_LAYOUT(NAME, L)                                                                                      \
+  BLOCK_LAYOUT(NAME, L)                                                                                             \
+  WARPGROUP_PRODUCTS(NAME, L, group_warpgroup_product)                                                              \
+  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_1(const __grid_constant__ Product p) {      \
+    narrow_product<L, 1, true>(p);                                                                                  \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
+    group_row_scales<L>(blocks, cols, out);                                                                         \
+  }
+
+// Groups of 128, a row of a unit.
+#define INT4_LAYOUT(NAME, L) BLOCK_LAYOUT(NAME, L) WARPGROUP_PRODUCTS(NAME, L, warpgroup_product)

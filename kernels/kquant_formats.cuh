@@ -1,5 +1,5 @@
-// ggml's blocks as files have them: what `repack` reads. The truth is src/codec/kquant/parts.rs; these
-// are the same blocks, one code and one group at a time.
+// ggml's blocks as files have them, and those of 4-bit integers in groups of 128: what `repack` reads. The truth is
+// src/codec/kquant/parts.rs; these are the same blocks, one code and one group at a time.
 #pragma once
 #include "kquant.cuh"
 
@@ -49,7 +49,9 @@ struct Q6_K {
   }
 };
 // Of each 32 bytes first the lowest two bits, then the next.
-__device__ __forceinline__ int pair_at(const uint8_t* b, int k) { return b[k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3; }
+__device__ __forceinline__ int pair_at(const uint8_t* b, int k) {
+  return b[k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3;
+}
 struct Q2_K {
   static constexpr int BYTES = 84;
   struct Group : Superblock {
@@ -75,8 +77,7 @@ struct Q3_K {
 // Blocks of 32: d, perhaps the negated minimum, perhaps fifth bits, nibbles.
 template <int BITS, bool MINS>
 struct Block32 {
-  static constexpr int CODES = BITS == 5 ? 4 + (MINS ? 4 : 2) : MINS ? 4 : 2,
-                       BYTES = CODES + (BITS == 8 ? 32 : 16);
+  static constexpr int CODES = BITS == 5 ? 4 + (MINS ? 4 : 2) : MINS ? 4 : 2, BYTES = CODES + (BITS == 8 ? 32 : 16);
   struct Group {
     static constexpr int LEN = 32;
     const uint8_t* b;
@@ -91,6 +92,19 @@ struct Block32 {
   }
 };
 
+// 128 weights with one scale: d, the code that means zero, a byte of nothing, nibbles (those of the first 64 below).
+struct Int4G128 {
+  static constexpr int BYTES = 68;
+  struct Group {
+    static constexpr int LEN = 128;
+    const uint8_t* b;
+    int group;
+    __device__ uint32_t d() const { return half_at(b, 0); }
+    __device__ uint32_t zero() const { return b[2] & 31; }
+  };
+  __device__ static int code(const uint8_t* b, int k) { return b[4 + k % 64] >> (k / 64 * 4) & 15; }
+};
+
 using LayoutQ4K = KQuant<Q4_K, 4, Six>;
 using LayoutQ5K = KQuant<Q5_K, 5, Six>;
 using LayoutQ6K = KQuant<Q6_K, 6, SignedBytes, 32>;
@@ -101,6 +115,7 @@ using LayoutQ41 = KQuant<Block32<4, true>, 4, Halves<true>>;
 using LayoutQ50 = KQuant<Block32<5, false>, 5, Halves<false>, 16>;
 using LayoutQ51 = KQuant<Block32<5, true>, 5, Halves<true>>;
 using LayoutQ80 = KQuant<Block32<8, false>, 8, Halves<false>>;
+using LayoutInt4G128 = KQuant<Int4G128, 4, Zeros>;
 
 // Blocks of `rows` whole rows as the file has them, one row after another, to tiles. A block of 256 threads for each
 // stage, a warp for each unit; `weights` points at the first tile of these rows. cols: whole blocks.

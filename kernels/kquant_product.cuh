@@ -5,6 +5,7 @@
 // group's activations, is one more product, with ones. So nothing is rounded before the f32 sums, whatever the scales.
 // Where a sum is not finite (activations or scales that are none, overflow) the unit is multiplied again with each
 // weight as three bf16 parts, as activations.cuh has them: infinities and NaN are then those of the exact product.
+// With one group a unit (128 columns) zeros are taken from the codes before the product, and no sum is needed.
 //
 // Budget   thread-instructions a weight, Q4_K and one column of activations: codes 0.9, scales 0.8, products 0.25,
 //          scaling 0.5, loads 0.1: 2.6. At 4.5 bits and 4.5 TB/s there are 3.7, at 3 TB/s 5.5.
@@ -105,6 +106,48 @@ __device__ __forceinline__ void multiply_groups(uint32_t at, uint32_t trailer, i
     }
   }
   if (!all_finite(total)) multiply_exactly<L, NB>(at, trailer, u, lane, total, again);
+#pragma unroll
+  for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] += total[i / 4][i % 4];
+}
+
+// a[p]: code - zero of vector j as two bf16, exactly, in a layout with one group for each row of a unit.
+template <class L>
+__device__ __forceinline__ void integers(const typename L::C::Raw& raw, const typename L::S& scales, uint32_t magic,
+                                         uint32_t (&a)[8]) {
+  L::C::expand(raw, magic, a);
+#pragma unroll
+  for (int p = 0; p < 8; p++) a[p] = fma_bf16x2(a[p], TWO_1, scales.away(p & 1));
+}
+
+// c += unit * activations in such a layout: what the whole unit adds up to is scaled once.
+template <class L, int NB, class X>
+__device__ __forceinline__ void multiply_integers(uint32_t at, uint32_t trailer, int u, int lane, float (&c)[NB][4],
+                                                  X x) {
+  constexpr int SUMS = NB > 2 ? 1 : 2;  // chains of products
+  typename L::C::Raw raw[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
+  typename L::S scales;
+  scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
+  const uint32_t magic = two_128();
+  float d[SUMS][NB][4] = {}, total[NB][4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    uint32_t a[8];
+    integers<L>(raw[j], scales, magic, a);
+#pragma unroll
+    for (int nb = 0; nb < NB; nb++) {
+      const uint4 b = x(j, nb);
+      mma(d[0][nb], a[0], a[1], a[2], a[3], b.x, b.y);
+      mma(d[SUMS - 1][nb], a[4], a[5], a[6], a[7], b.z, b.w);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < NB * 4; i++) {
+    const float sum = SUMS == 1 ? d[0][i / 4][i % 4] : d[0][i / 4][i % 4] + d[SUMS - 1][i / 4][i % 4];
+    total[i / 4][i % 4] = scales.scale[i >> 1 & 1] * sum;
+  }
+  if (!all_finite(total)) multiply_exactly<L, NB>(at, trailer, u, lane, total, x);
 #pragma unroll
   for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] += total[i / 4][i % 4];
 }

@@ -234,24 +234,41 @@ __device__ __forceinline__ void warpgroup_product(const Product& p) {
     float c[NB][4] = {};
     for (int u = first; u < last; u++) {
       uint32_t a[4][8] = {};
+      [[maybe_unused]] float scale[2] = {0, 0};
       if (there) {
         const uint32_t at = mine.wait();
-        decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, p.overflow, [&](int j, const uint32_t (&v)[8]) {
+        if constexpr (L::GROUP == 128) {
+          typename L::S scales;
+          scales.load(at + L::C::BYTES, at + L::UNIT_BYTES, u, lane >> 2);
+          scale[0] = scales.scale[0], scale[1] = scales.scale[1];
 #pragma unroll
-          for (int r = 0; r < 8; r++) a[j][r] = v[r];
-        });
+          for (int j = 0; j < 4; j++) integers<L>(L::C::load(at, lane, j), scales, two_128(), a[j]);
+        } else
+          decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, p.overflow, [&](int j, const uint32_t (&v)[8]) {
+#pragma unroll
+            for (int r = 0; r < 8; r++) a[j][r] = v[r];
+          });
         mine.done(lane);
       }
       __syncwarp();
-      wgmma_fence();
+      const auto multiply = [&](float (&d)[NB][4]) {
+        wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const uint32_t at = xs + (u * 4 + j) * 4 * NC * 16;
-        wgmma<false>(c, a[j], b_descriptor(at, NC * 16));
-        wgmma<false>(c, a[j] + 4, b_descriptor(at + 2 * NC * 16, NC * 16));
-      }
-      wgmma_commit();
-      wgmma_wait();
+        for (int j = 0; j < 4; j++) {
+          const uint32_t x = xs + (u * 4 + j) * 4 * NC * 16;
+          wgmma<false>(d, a[j], b_descriptor(x, NC * 16));
+          wgmma<false>(d, a[j] + 4, b_descriptor(x + 2 * NC * 16, NC * 16));
+        }
+        wgmma_commit();
+        wgmma_wait();
+      };
+      if constexpr (L::GROUP == 128) {
+        float d[NB][4] = {};
+        multiply(d);
+#pragma unroll
+        for (int i = 0; i < NB * 4; i++) c[i / 4][i % 4] = fmaf(scale[i >> 1 & 1], d[i / 4][i % 4], c[i / 4][i % 4]);
+      } else
+        multiply(c);
     }
     join_halves<NB>(p, c, sums, part.slab, columns, padded_rows,
                     (part.tile0 + tile0 + (warp & 3)) * TILE_ROWS + (lane >> 2), there, tid, [](int) { return 1.0f; });

@@ -157,7 +157,7 @@ class Checker {
     const Launch launch = launch_to(y.get()), repeated = launch_to(again.get());
     launch.run(nullptr, programmatic);
     // Weights of GGUF formats are rounded to f16 there, and magnitudes are 128 times a scale or more.
-    const double allowed = M::BLOCKS && warpgroup ? 2.5e-4 : 2e-6;
+    const double allowed = M::F16_WEIGHTS && warpgroup ? 2.5e-4 : 2e-6;
     compare_products<<<blocks_for((size_t)c_.rows * batch), 256>>>(y.get(), y_type, y_stride, wanted, magnitudes,
                                                                    c_.rows, batch, allowed, comparison.get());
     Comparison result;

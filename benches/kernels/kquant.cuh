@@ -32,6 +32,11 @@ struct Floats<Block32<BITS, MINS>> {
   static constexpr int D = 0, DMIN = MINS ? 2 : -1;
 };
 
+template <>
+struct Floats<Int4G128> {
+  static constexpr int D = 0, DMIN = -1;
+};
+
 __device__ __forceinline__ uint16_t random_scale(Kind kind, uint64_t key) {
   const uint32_t h = hash(key);
   float v = 1e-3f * (0.5f + uniform(key + 1));
@@ -50,9 +55,11 @@ __global__ void make_blocks(uint8_t* blocks, size_t count, Kind kind, uint64_t s
   const size_t step = (size_t)gridDim.x * blockDim.x;
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += step) {
     uint8_t* b = blocks + i * F::BYTES;
-    for (int k = 0; k < F::BYTES; k++) b[k] = kind == CONSTANT ? 0x57 : hash((i * 512 + k) * 0x9E3779B97F4A7C15ULL + seed);
+    for (int k = 0; k < F::BYTES; k++)
+      b[k] = kind == CONSTANT ? 0x57 : hash((i * 512 + k) * 0x9E3779B97F4A7C15ULL + seed);
     const auto put = [&](int at, uint32_t half) { b[at] = half, b[at + 1] = half >> 8; };
-    put(Floats<F>::D, random_scale(kind, 4 * i + seed));
+    // Loaders refuse integers with scales that are infinite or none.
+    put(Floats<F>::D, random_scale(std::is_same_v<F, Int4G128> && kind == NON_FINITE ? NORMAL : kind, 4 * i + seed));
     if (Floats<F>::DMIN >= 0) put(Floats<F>::DMIN, random_scale(kind, 4 * i + 2 + seed));
   }
 }
@@ -75,29 +82,31 @@ __global__ void dequantize(const uint8_t* blocks, float* exact, uint16_t* rounde
     if constexpr (LEN == 256) scale = d * group.scale();
     if constexpr (L::MINS && LEN == 256) min = half_to_float(group.dmin()) * group.min();
     if constexpr (L::MINS && LEN == 32) min = -half_to_float(group.dmin());
+    if constexpr (LEN == 128) min = d * group.zero();
     const int code = F::code(b, k), zero = L::MAGIC ? L::ZERO : 128;
     float v = __fmul_rn(scale, code - zero);
     if (L::MINS) v = __fsub_rn(v, min);
-    exact[i] = v, spread[i] = fabsf(scale) * (128 + abs(code - zero)) + fabsf(min);
+    exact[i] = v, spread[i] = LEN == 128 ? fabsf(v) : fabsf(scale) * (128 + abs(code - zero)) + fabsf(min);
     rounded[i] = type == F16 ? to_f16(v) : to_bf16(v);
   }
 }
 
 template <class L>
 struct KQuantKernels;
-#define KQUANT_KERNELS(LAYOUT, L)                                                                                    \
-  template <>                                                                                                        \
-  struct KQuantKernels<L> {                                                                                          \
-    static constexpr const char* NAME = #LAYOUT;                                                                     \
-    static constexpr auto repack = LAYOUT##_repack;                                                                  \
-    static constexpr auto row_scales = LAYOUT##_row_scales;                                                          \
-    static constexpr auto decode = LAYOUT##_decode;                                                                  \
-    static Products products() {                                                                                     \
-      return {(void*)LAYOUT##_product_8, (void*)LAYOUT##_product_16, (void*)LAYOUT##_product_32,                     \
-              (void*)LAYOUT##_product_64, (void*)LAYOUT##_warpgroup_64, (void*)LAYOUT##_product_1,                         \
-              (void*)LAYOUT##_warpgroup_32};                                                                  \
-    }                                                                                                                \
+#define BLOCK_KERNELS(LAYOUT, L, ROW_SCALES, SINGLE)                                                 \
+  template <>                                                                                        \
+  struct KQuantKernels<L> {                                                                          \
+    static constexpr const char* NAME = #LAYOUT;                                                     \
+    static constexpr auto repack = LAYOUT##_repack;                                                  \
+    static constexpr void (*row_scales)(const uint8_t*, int, float*) = ROW_SCALES;                   \
+    static constexpr auto decode = LAYOUT##_decode;                                                  \
+    static Products products() {                                                                     \
+      return {(void*)LAYOUT##_product_8,   (void*)LAYOUT##_product_16,   (void*)LAYOUT##_product_32, \
+              (void*)LAYOUT##_product_64,  (void*)LAYOUT##_warpgroup_64, (void*)SINGLE,              \
+              (void*)LAYOUT##_warpgroup_32};                                                         \
+    }                                                                                                \
   };
+#define KQUANT_KERNELS(LAYOUT, L) BLOCK_KERNELS(LAYOUT, L, LAYOUT##_row_scales, LAYOUT##_product_1)
 KQUANT_KERNELS(q4_k, LayoutQ4K)
 KQUANT_KERNELS(q5_k, LayoutQ5K)
 KQUANT_KERNELS(q6_k, LayoutQ6K)
@@ -108,6 +117,7 @@ KQUANT_KERNELS(q4_0, LayoutQ40)
 KQUANT_KERNELS(q4_1, LayoutQ41)
 KQUANT_KERNELS(q5_0, LayoutQ50)
 KQUANT_KERNELS(q5_1, LayoutQ51)
+BLOCK_KERNELS(int4_g128, LayoutInt4G128, nullptr, nullptr)
 
 template <class L>
 class KQuantMatrix {
@@ -116,7 +126,8 @@ class KQuantMatrix {
   using Format = typename L::Source;
   static constexpr const char* NAME = KQuantKernels<L>::NAME;
   static constexpr int MOST_COLUMNS = 64, LEN = Format::Group::LEN;
-  static constexpr bool SCALED = true, BLOCKS = true;
+  static constexpr bool SCALED = true, BLOCKS = true, INTEGERS = L::GROUP == 128,
+                        F16_WEIGHTS = !INTEGERS;  // of the warpgroup kernels
 
   static void prepare(const Device& device) {
     const Products p = KQuantKernels<L>::products();
@@ -138,7 +149,8 @@ class KQuantMatrix {
     weights_ = Buffer<uint8_t>(bytes_);
     weights_.fill(0xEE, bytes_);
     row_scales_ = Buffer<float>(dense.rows);
-    KQuantKernels<L>::row_scales<<<dense.rows, 32>>>(dense.blocks.get(), dense.cols, row_scales_.get());
+    if constexpr (!INTEGERS)
+      KQuantKernels<L>::row_scales<<<dense.rows, 32>>>(dense.blocks.get(), dense.cols, row_scales_.get());
     for (int row = 0; row < dense.rows; row += block_rows)
       repack(dense.blocks.get(), row, std::min(block_rows, dense.rows - row), nullptr);
     CUDA(cudaGetLastError());
@@ -165,7 +177,8 @@ class KQuantMatrix {
     if (warpgroup) {
       const bool wide = batch * (x_type + 1) > 32;
       Product& p = launch.product();
-      launch.kernel = wide ? kernels.warpgroup : kernels.warpgroup_32, p.row_scale = row_scales_.get(), p.slots = 3;
+      launch.kernel = wide ? kernels.warpgroup : kernels.warpgroup_32, p.slots = 3;
+      if (!INTEGERS) p.row_scale = row_scales_.get();
       const auto bytes = [&](int slots) {
         return wide ? group_warpgroup_bytes<L, 8>(slots) : group_warpgroup_bytes<L, 4>(slots);
       };

@@ -33,8 +33,8 @@ static const char* const HELP =
     "  kernels time [LAYOUT]              products beside cuBLAS, decoding and packing; nothing else\n"
     "                                     should use the card meanwhile\n"
     "\n"
-    "LAYOUT     fixed, int8, int5, int4, pair, q4_k and so on, or integers for the three int, kquants\n"
-    "           for the formats of GGUF files; all of them if absent\n"
+    "LAYOUT     fixed, int8, int5, int4, pair, q4_k and so on, int4_g128 (AWQ, GPTQ), or integers for the\n"
+    "           three int, kquants for the formats of GGUF files; all of them if absent\n"
     "--small    a few small matrices only, for compute-sanitizer\n"
     "--help     this\n"
     "\n"
@@ -72,6 +72,7 @@ static bool each_layout(const char* name, const Use& use) {
   offer((KQuantMatrix<LayoutQ41>*)nullptr, 2);
   offer((KQuantMatrix<LayoutQ50>*)nullptr, 2);
   offer((KQuantMatrix<LayoutQ51>*)nullptr, 2);
+  offer((KQuantMatrix<LayoutInt4G128>*)nullptr, 0);
   return found;
 }
 

@@ -14,7 +14,7 @@ using namespace taper;
 class PairMatrix {
  public:
   static constexpr const char* NAME = "pair";
-  static constexpr bool BLOCKS = false;
+  static constexpr bool BLOCKS = false, F16_WEIGHTS = false;
   static constexpr int MOST_COLUMNS = 16;
   static constexpr bool SCALED = false;
 

@@ -111,7 +111,7 @@ template <class L>
 class Staged {
  public:
   static constexpr const char* NAME = Kernels<L>::NAME;
-  static constexpr bool BLOCKS = false;
+  static constexpr bool BLOCKS = false, F16_WEIGHTS = false;
   static constexpr int MOST_COLUMNS = 64;
   static constexpr bool SCALED = L::SCALED;
   static constexpr float SPREAD_CHECK = Kernels<L>::SPREAD_CHECK, SPREAD_TIME = Kernels<L>::SPREAD_TIME;
