@@ -33,7 +33,7 @@ impl Family {
     pub const FROM_ROWS: [Family; 4] = [Family::Fixed, Family::Int8, Family::Int5, Family::Int4];
 
     /// The block formats that have kernels; others are dequantised.
-    pub const BLOCKS: [GgmlType; 10] = [
+    pub const BLOCKS: [GgmlType; 11] = [
         GgmlType::Q4_K,
         GgmlType::Q5_K,
         GgmlType::Q6_K,
@@ -44,6 +44,7 @@ impl Family {
         GgmlType::Q4_1,
         GgmlType::Q5_0,
         GgmlType::Q5_1,
+        GgmlType::Int4G128,
     ];
 
     /// What its kernels' names begin with.
@@ -75,6 +76,7 @@ impl Family {
                 GgmlType::Q4_1 => (1024 + 256, 0),
                 GgmlType::Q5_0 => (1280 + 128, 0),
                 GgmlType::Q5_1 => (1280 + 256, 0),
+                GgmlType::Int4G128 => (1024 + 48, 0),
                 _ => (2048 + 128, 0),
             },
         }
@@ -85,9 +87,15 @@ impl Family {
         self != Family::Fixed
     }
 
-    /// Whether it is one of ggml's block formats.
+    /// Whether it is one of the block formats.
     pub fn blocks(self) -> bool {
         matches!(self, Family::Blocks(_))
+    }
+
+    /// Whether it is a block format whose groups are narrower than a unit: it has a kernel for a single column of
+    /// activations, and its warpgroup kernels round weights to F16, which takes a power of two for each row.
+    pub fn groups(self) -> bool {
+        self.blocks() && self != Family::Blocks(GgmlType::Int4G128)
     }
 
     pub fn stage_bytes(self) -> usize {
@@ -111,8 +119,8 @@ pub(super) struct PackedKernels {
     pub decode: CudaFunction,
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
-    /// have one for exactly one column, and two for compute capability 9.0 and up to 32 and 64 columns; `fixed` has one for
-    /// it and 64 columns.
+    /// have two for compute capability 9.0 and up to 32 and 64 columns, and those with groups one for exactly one column;
+    /// `fixed` has one for compute capability 9.0 and 64 columns.
     pub products: Vec<(CudaFunction, usize)>,
 }
 
@@ -122,7 +130,7 @@ pub(super) enum Pack {
     /// From decoded rows, in two passes.
     Rows { plan: CudaFunction, pack: CudaFunction },
     /// From a file's blocks.
-    Blocks { repack: CudaFunction, row_scales: CudaFunction },
+    Blocks { repack: CudaFunction, row_scales: Option<CudaFunction> },
 }
 
 impl PackedKernels {
@@ -130,18 +138,21 @@ impl PackedKernels {
         let prefix = family.prefix();
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
-        let (pack, columns): (_, &[usize]) = match family.blocks() {
+        let pack = match family.blocks() {
             true => {
-                let (repack, row_scales) = (other("repack")?, other("row_scales")?);
-                (Pack::Blocks { repack, row_scales }, &[8, 16, 32, 64, 1])
+                let row_scales = if family.groups() { Some(other("row_scales")?) } else { None };
+                Pack::Blocks { repack: other("repack")?, row_scales }
             }
-            false => (Pack::Rows { plan: other("plan")?, pack: other("pack")? }, &[8, 16, 32, 64]),
+            false => Pack::Rows { plan: other("plan")?, pack: other("pack")? },
         };
-        let mut products = columns.iter().map(product).collect::<Result<Vec<_>>>()?;
+        let mut products = [8, 16, 32, 64].iter().map(product).collect::<Result<Vec<_>>>()?;
         if family.blocks() {
             for columns in [32, 64] {
                 products.push(function(module, &format!("{prefix}_warpgroup_{columns}"), shared)?);
             }
+        }
+        if family.groups() {
+            products.push(product(&1)?);
         }
         if family == Family::Fixed && hopper {
             products.push(function(module, "fixed_warpgroup_64", shared)?);

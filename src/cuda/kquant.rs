@@ -80,7 +80,7 @@ impl Packed {
         let bytes = rows.div_ceil(TILE_ROWS) * tile_bytes(family, cols);
         let weights = device.alloc_zeros::<u8>(bytes).map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let overflow = device.alloc_zeros::<u32>(1)?;
-        let row_scale = Some(device.alloc_zeros::<f32>(rows)?);
+        let row_scale = if family.groups() { Some(device.alloc_zeros::<f32>(rows)?) } else { None };
         Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale })
     }
 
@@ -103,7 +103,7 @@ impl Packed {
         // SAFETY: `raw` holds `count` rows of whole blocks, as `from_blocks` checked, and `target` the bytes of their tiles,
         // which nobody else knows of yet.
         driver(unsafe { launch.launch(config) })?;
-        if let Some(scales) = &self.row_scale {
+        if let (Some(scales), Some(row_scales)) = (&self.row_scale, row_scales) {
             let scales = scales.slice(start..start + count);
             let mut launch = stream.launch_builder(row_scales);
             launch.arg(&raw).arg(&columns).arg(&scales);

@@ -58,9 +58,9 @@ impl LaunchShape {
         let columns = batch * parts;
         let products = &kernels.packed(family).ok()?.products;
         let kernel = match columns {
-            1 if family.blocks() => 4,
-            17..=32 if family.blocks() && kernels.warpgroups => 5,
-            33..=64 if family.blocks() && kernels.warpgroups => 6,
+            1 if family.groups() => SINGLE,
+            17..=32 if family.blocks() && kernels.warpgroups => WARPGROUPS,
+            33..=64 if family.blocks() && kernels.warpgroups => WARPGROUPS + 1,
             _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
         };
         let (unit, trailer) = family.bytes();
@@ -93,8 +93,8 @@ impl LaunchShape {
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
-        } else if kernel >= 5 {
-            let eights = if kernel == 5 { 4 } else { 8 };
+        } else if kernel >= WARPGROUPS {
+            let eights = if kernel == WARPGROUPS { 4 } else { 8 };
             let besides = (Family::UNITS * UNIT_COLS * 16 + 2048) * eights + 32 * eights + 128;
             let slots = (room.checked_sub(besides)? / (8 * (unit + trailer + 8))).min(8);
             if stages > processors || slots < 2 {
@@ -110,7 +110,7 @@ impl LaunchShape {
                 in_flight: slots,
                 keep: 0,
                 partial: stages * columns * tiles * TILE_ROWS,
-                scaled: true,
+                scaled: family.groups(),
             }
         } else {
             let besides = 256 + 2 * 8 * columns * 80;
@@ -212,8 +212,10 @@ impl LaunchShape {
     }
 }
 
-/// The number of the warpgroups' product among the kernels of layout `fixed`.
-pub(super) const WARPGROUPS: usize = 4;
+/// The number of the first product of whole warpgroups among a layout's kernels: that for 64 columns of `fixed`, those for
+/// 32 and for 64 columns of block formats, which a product for a single column follows.
+const WARPGROUPS: usize = 4;
+const SINGLE: usize = 6;
 /// Bytes of the table of layout `pair`, which each lane has for itself.
 pub(super) const PAIR_TABLE: usize = 256 * 128;
 

@@ -36,8 +36,8 @@ const TASK: usize = kquant::STRIPS * ROWS;
 /// A quantised matrix that takes the place of its blocks.
 ///
 /// Formats of 2 to 8 bits are laid out in [`strip`]s; products quantise the activation to 8 bits, as ggml does, and are
-/// the same to the last bit for every backend and number of threads. F32, F16, BF16 and Q8_K keep their blocks; products
-/// dequantise 32 rows at a time and multiply in `f32`.
+/// the same to the last bit for every backend and number of threads. F32, F16, BF16, Q8_K and INT4_G128 keep their blocks;
+/// products dequantise 32 rows at a time and multiply in `f32`.
 pub struct KQuantMatrix {
     ty: GgmlType,
     rows: usize,

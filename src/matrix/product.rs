@@ -64,10 +64,10 @@ impl FirstError {
 }
 
 /// Runs a task for each part of an output; each has its part for itself.
-pub(crate) fn run_parts(
+pub(crate) fn run_parts<T: Send>(
     executor: &impl Executor,
-    parts: Vec<&mut [f32]>,
-    task: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
+    parts: Vec<&mut [T]>,
+    task: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
 ) -> Result<()> {
     let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
     let error = FirstError::default();

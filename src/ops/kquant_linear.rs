@@ -16,7 +16,8 @@ use crate::{Error, Result as TaperResult};
 /// The product of an activation with the transpose of a quantised matrix.
 ///
 /// On the CPU it is what candle's `QMatMul` computes: the activation is quantised to 8 bits, the sums of integers are exact.
-/// On a GPU activations are as they are, and sums are F32.
+/// On a GPU activations are as they are, and sums are F32. Types without kernels for the CPU (F32, F16, BF16, Q8_K,
+/// INT4_G128) are dequantised there, some rows at a time, and multiplied in F32.
 ///
 /// The gradient with respect to the activation is that of the dequantised matrix; the matrix has none.
 #[derive(Clone, Debug)]
@@ -67,6 +68,7 @@ impl KQuantMatmul {
     pub fn on(blocks: &Blocks, device: &Device) -> TaperResult<KQuantMatmul> {
         let Blocks { ty, shape, data, order, done } = *blocks;
         let [rows, cols] = shape;
+        crate::codec::kquant::int4::check(ty, data)?;
         let place = match device {
             Device::Cpu => Place::Cpu(Arc::new(KQuantMatrix::pack(ty, rows, cols, data, order, &PoolExecutor, done)?)),
             #[cfg(feature = "cuda")]

@@ -7,10 +7,14 @@
 //!    Q5_K (8 bits instead of 6) and Q2_K and Q3_K likewise.
 //! 3. **[`activation`]** quantises what the weights are multiplied by to 8 bits, once for all layers that share it.
 //!
+//! 4. **[`int4`]** makes blocks of AWQ's and GPTQ's tensors. They are kept as blocks on the CPU, which has no kernels of
+//!    its own for them.
+//!
 //! The dot product itself is in [`crate::cpu::kquant`]. Every backend sums the same integers exactly and adds the same
 //! floats in the same order, so results are equal to the last bit.
 
 pub mod activation;
+pub mod int4;
 pub mod parts;
 pub mod strip;
 mod types;
@@ -18,6 +22,7 @@ mod types;
 use half::{bf16, f16};
 
 pub use activation::Activation;
+pub use int4::Int4Format;
 pub use parts::{Format, Parts};
 pub use types::GgmlType;
 
@@ -66,7 +71,7 @@ macro_rules! with_format {
                 type $F = parts::Q6_K;
                 $body
             }
-            Ty::F32 | Ty::F16 | Ty::BF16 | Ty::Q8_K => $other,
+            Ty::F32 | Ty::F16 | Ty::BF16 | Ty::Q8_K | Ty::Int4G128 => $other,
         }
     }};
 }
@@ -88,6 +93,7 @@ pub fn dequantize(ty: GgmlType, blocks: &[u8], out: &mut [f32]) {
         GgmlType::F32 => pairs.for_each(|(b, out)| out[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         GgmlType::F16 => pairs.for_each(|(b, out)| out[0] = f16::from_le_bytes([b[0], b[1]]).to_f32()),
         GgmlType::BF16 => pairs.for_each(|(b, out)| out[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+        GgmlType::Int4G128 => pairs.for_each(|(b, out)| int4::weights(b, out)),
         // Q8_K: `d` (f32), 256 signed quants, and sums that products need.
         _ => pairs.for_each(|(b, out)| {
             let d = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);

@@ -2,9 +2,10 @@
 
 use std::fmt;
 
+use super::int4;
 use crate::{Error, Result};
 
-/// A tensor type of GGUF that this crate reads, with its number there.
+/// A tensor type of GGUF that this crate reads, with its number there; and one of other checkpoints.
 #[allow(missing_docs, non_camel_case_types)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -23,6 +24,8 @@ pub enum GgmlType {
     Q6_K = 14,
     Q8_K = 15,
     BF16 = 30,
+    /// 4-bit integers in groups of 128, as AWQ and GPTQ have them: see [`super::int4`]. No type of GGUF's.
+    Int4G128 = 1 << 31,
 }
 
 /// Types that GGUF files may have and this crate does not read, so that an error can name them.
@@ -51,7 +54,7 @@ const FOREIGN: [(u32, &str); 21] = [
 ];
 
 impl GgmlType {
-    /// All types, by their numbers.
+    /// All types of GGUF files, by their numbers.
     pub const ALL: [GgmlType; 14] = [
         GgmlType::F32,
         GgmlType::F16,
@@ -102,6 +105,7 @@ impl GgmlType {
             GgmlType::Q6_K => "Q6_K",
             GgmlType::Q8_K => "Q8_K",
             GgmlType::BF16 => "BF16",
+            GgmlType::Int4G128 => "INT4_G128",
         }
     }
 
@@ -110,6 +114,7 @@ impl GgmlType {
         match self {
             GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => 1,
             GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0 => 32,
+            GgmlType::Int4G128 => int4::LEN,
             _ => 256,
         }
     }
@@ -130,6 +135,7 @@ impl GgmlType {
             GgmlType::Q5_K => 176,
             GgmlType::Q6_K => 210,
             GgmlType::Q8_K => 292,
+            GgmlType::Int4G128 => int4::BYTES,
         }
     }
 
