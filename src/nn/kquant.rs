@@ -10,7 +10,8 @@ use crate::codec::kquant::GgmlType;
 use crate::matrix::KQuantMatrix;
 use crate::ops::{Blocks, KQuantMatmul, kquant_linear, kquant_linears};
 
-/// Replaces candle's `QMatMul` and [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` in a format of GGUF files.
+/// Replaces candle's `QMatMul` and [`candle_nn::Linear`]: `x·Wᵀ + b` with `W` of shape `[out, in]` in a format of GGUF files, or of
+/// 4-bit integers ([`KQuantLinear::from_int4`]).
 #[derive(Clone, Debug)]
 pub struct KQuantLinear {
     op: KQuantMatmul,

@@ -1,10 +1,12 @@
 //! Layers for candle that keep their weights compressed while they are used.
 
 mod embedding;
+mod int4;
 mod kquant;
 mod linear;
 
 pub use embedding::CompressedEmbedding;
+pub use int4::Int4Tensors;
 pub use kquant::{KQuantEmbedding, KQuantLinear};
 pub use linear::{CompressedLinear, LinearLayer};
 

@@ -28,6 +28,7 @@ fn floats(ty: GgmlType) -> &'static [usize] {
         GgmlType::Q2_K => &[80, 82],
         GgmlType::Q3_K => &[108],
         GgmlType::Q6_K => &[208],
+        GgmlType::Int4G128 => &[0],
         _ => &[],
     }
 }

@@ -7,6 +7,8 @@ pub mod gguf;
 #[cfg(feature = "candle")]
 pub mod gguf_model;
 pub mod golden;
+#[cfg(feature = "candle")]
+pub mod int4;
 pub mod kquant;
 pub mod llama;
 pub mod model;

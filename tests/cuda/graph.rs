@@ -1,6 +1,5 @@
 //! Products in CUDA graphs, on streams of their own, and in other threads.
 
-use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::cuda::set_programmatic_launch;
 use candle_taper::matrix::GpuLayout;
@@ -9,16 +8,11 @@ use candle_taper::{Dtype, Options};
 
 use crate::common::Shape;
 use crate::products::{activations, matrix};
-use crate::{cuda, gpu, whole_gpu};
-
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
-}
+use crate::{captured_and_replayed, gpu, values, whole_gpu};
 
 /// A chain of two layers is captured and replayed on new activations.
 #[test]
 fn products_are_captured_and_replayed() {
-    // Alone: no thread of a process may wait for the whole GPU while another captures.
     let Some(device) = whole_gpu() else { return };
     let up = matrix(Shape::Scaled, Dtype::Bf16, 1536, 1024, &Options::default());
     let down = matrix(Shape::StudentT, Dtype::Bf16, 1024, 1536, &Options::default());
@@ -36,24 +30,8 @@ fn products_are_captured_and_replayed() {
                 };
                 let forward = |x: &Tensor| down.forward(&up.forward(x).unwrap()).unwrap();
                 let (x, other) = (input(1), input(2));
-                let [first, second] = [&x, &other].map(|x| values(&forward(x)));
-                assert_ne!(first, second);
-                let stream = cuda(&device).cuda_stream();
-                device.synchronize().unwrap();
-                stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-                let y = forward(&x);
-                let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-                let graph = stream.end_capture(flags).unwrap().expect("a graph");
-                for round in 0..3 {
-                    graph.launch().unwrap();
-                    let expected = if round == 0 { &first } else { &second };
-                    assert!(values(&y) == *expected, "{layout:?} m={m} {programmatic}: round {round}");
-                    // The next round multiplies other activations, in the memory of the first.
-                    x.slice_set(&other, 0, 0).unwrap();
-                }
-                drop(graph);
-                // Its memory belongs to the graph.
-                std::mem::forget(y);
+                let what = format!("{layout:?} m={m} {programmatic}");
+                captured_and_replayed(&device, [&x, &other], forward, &what);
             }
         }
     }

@@ -1,6 +1,5 @@
 //! Matrices of GGUF files on the GPU: rows equal the CPU's, products an f64 reference, in any format and shape; a whole model.
 
-use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::codec::kquant::{GgmlType, dequantize};
@@ -11,9 +10,10 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::common::gguf_model::write;
+use crate::common::int4::{FORMATS, Packed};
 use crate::common::kquant::{QUANTIZED, blocks};
 use crate::products::activations;
-use crate::{cuda, gpu, whole_gpu};
+use crate::{captured_and_replayed, gpu, values, whole_gpu};
 
 /// A matrix of random blocks: the file's bytes, and what they stand for.
 struct Matrix {
@@ -43,10 +43,6 @@ impl Matrix {
     fn linear(&self, device: &Device) -> KQuantLinear {
         self.with(|blocks| KQuantLinear::on(blocks, None, device)).unwrap()
     }
-}
-
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn rounded(value: f32, dtype: DType) -> f32 {
@@ -101,10 +97,11 @@ fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DT
     let first = run();
     assert_eq!(first.len(), m * rows, "{what}");
     // Many rows are multiplied with weights rounded to the activations' dtype.
-    let fused = QUANTIZED.contains(&w.ty) && (dtype == DType::F32 || m <= 64);
+    let int4 = w.ty == GgmlType::Int4G128;
+    let fused = (int4 || QUANTIZED.contains(&w.ty)) && (dtype == DType::F32 || m <= 64);
     // From 17 columns of activations on, weights may be rounded to F16.
     let parts = [DType::BF16, DType::F16, DType::F32].iter().position(|&d| d == dtype).unwrap() + 1;
-    let exact = m * parts <= 16;
+    let exact = m * parts <= 16 || int4;
     let (rounding, largest) = match dtype {
         DType::BF16 => (2f64.powi(-8), 3.38e38),
         DType::F16 => (2f64.powi(-10), 65_504.0),
@@ -171,6 +168,26 @@ fn products_of_any_format_and_shape_are_right() {
     }
 }
 
+/// 4-bit integers of AWQ and GPTQ checkpoints: rows and products, from 1 to 70 rows of activations.
+#[test]
+fn four_bit_integers_are_those_of_the_checkpoint() {
+    let Some(device) = gpu() else { return };
+    for (i, (rows, cols)) in [(8, 128), (24, 384), (136, 1152), (520, 2048), (64, 5120)].into_iter().enumerate() {
+        let packed = Packed::new(FORMATS[i % 3], rows, cols, 128, i % 2 == 1);
+        let layer = packed.linear(&device);
+        let dense = layer.to_dense().unwrap();
+        same(&values(dense.weight()), packed.values.iter().copied(), &format!("int4 {rows}x{cols}"));
+        let matrix = Matrix { ty: GgmlType::Int4G128, shape: packed.shape, data: vec![], values: packed.values };
+        let few = rows * cols < 1 << 17;
+        for m in (1..=70).step_by(if few { 1 } else { 9 }) {
+            let x = activations(m, cols, m as u64);
+            for dtype in [DType::BF16, DType::F16, DType::F32] {
+                check(&device, &layer, &matrix, &x, dtype);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_not_finite_comes_out_as_in_the_exact_product() {
     let Some(device) = gpu() else { return };
@@ -206,9 +223,8 @@ fn what_is_not_finite_comes_out_as_in_the_exact_product() {
 
 #[test]
 fn products_are_captured_and_replayed() {
-    // Alone: no thread of a process may wait for the whole GPU while another captures.
     let Some(device) = whole_gpu() else { return };
-    for ty in [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0] {
+    for ty in [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0, GgmlType::Int4G128] {
         let (up, down) = (Matrix::of_size(ty, 1536, 1024), Matrix::of_size(ty, 1024, 1536));
         let (up, down) = (up.linear(&device), down.linear(&device));
         for m in [1, 8, 40] {
@@ -218,21 +234,7 @@ fn products_are_captured_and_replayed() {
             };
             let forward = |x: &Tensor| down.forward(&up.forward(x).unwrap()).unwrap();
             let (x, other) = (input(1), input(2));
-            let [first, second] = [&x, &other].map(|x| values(&forward(x)));
-            let stream = cuda(&device).cuda_stream();
-            device.synchronize().unwrap();
-            stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-            let y = forward(&x);
-            let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-            let graph = stream.end_capture(flags).unwrap().expect("a graph");
-            for round in 0..3 {
-                graph.launch().unwrap();
-                same(&values(&y), if round == 0 { &first } else { &second }.iter().copied(), &format!("{ty} m={m}"));
-                x.slice_set(&other, 0, 0).unwrap();
-            }
-            drop(graph);
-            // Its memory belongs to the graph.
-            std::mem::forget(y);
+            captured_and_replayed(&device, [&x, &other], forward, &format!("{ty} m={m}"));
         }
     }
 }

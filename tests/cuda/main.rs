@@ -16,7 +16,8 @@ mod products;
 use std::ops::Deref;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use candle_core::{CudaDevice, Device};
+use candle_core::cuda_backend::cudarc::driver::sys;
+use candle_core::{CudaDevice, DType, Device, Tensor};
 
 /// Held for reading by every test, for writing by those that fill the GPU's memory.
 static MEMORY: RwLock<()> = RwLock::new(());
@@ -60,4 +61,32 @@ fn open() -> Option<Device> {
 /// What candle calls a GPU, without the enum around it.
 fn cuda(device: &Device) -> &CudaDevice {
     device.as_cuda_device().expect("a GPU")
+}
+
+/// A tensor's values as F32.
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// Captures `forward` of `x` in a graph and replays it, then on the values of `other` in `x`'s memory. To be called alone
+/// ([`whole_gpu`]): no thread of a process may wait for the whole GPU while another captures.
+fn captured_and_replayed(device: &Device, [x, other]: [&Tensor; 2], forward: impl Fn(&Tensor) -> Tensor, what: &str) {
+    let [first, second] = [x, other].map(|x| values(&forward(x)));
+    assert_ne!(first, second);
+    let stream = cuda(device).cuda_stream();
+    device.synchronize().unwrap();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    let y = forward(x);
+    let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().expect("a graph");
+    for round in 0..3 {
+        graph.launch().unwrap();
+        let expected = if round == 0 { &first } else { &second };
+        assert!(values(&y) == *expected, "{what}: round {round}");
+        // The next round multiplies other activations, in the memory of the first.
+        x.slice_set(other, 0, 0).unwrap();
+    }
+    drop(graph);
+    // Its memory belongs to the graph.
+    std::mem::forget(y);
 }

@@ -145,8 +145,11 @@ pub(super) fn weights(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Refuses blocks of [`GgmlType::Int4G128`] with scales that are infinite or NaN: products do not treat them as such.
-pub(crate) fn check(ty: GgmlType, blocks: &[u8]) -> Result<()> {
+/// Refuses blocks of [`GgmlType::Int4G128`] with scales that are infinite or NaN, which products would not treat as such.
+///
+/// # Errors
+/// The first of them.
+pub fn check(ty: GgmlType, blocks: &[u8]) -> Result<()> {
     let finite = |block: &[u8]| f16::from_le_bytes([block[0], block[1]]).is_finite();
     if ty == GgmlType::Int4G128
         && let Some(at) = blocks.chunks_exact(BYTES).position(|block| !finite(block))
