@@ -31,6 +31,7 @@ fn dtype(ty: GgmlType) -> GgmlDType {
         GgmlType::Q5_K => GgmlDType::Q5K,
         GgmlType::Q6_K => GgmlDType::Q6K,
         GgmlType::Q8_K => GgmlDType::Q8K,
+        GgmlType::Int4G128 => unreachable!("not in a GGUF file"),
     }
 }
 
