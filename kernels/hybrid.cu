@@ -20,23 +20,6 @@ using namespace taper;
 
 constexpr uint32_t RING = 512;
 
-struct Activations {
-    const void *x;
-    void *y;
-    float *partial;
-    uint32_t *arrived;
-    uint32_t batch, dtype;
-};
-
-__device__ float load_value(const void *values, uint64_t at, uint32_t dtype) {
-    return dtype == F32 ? ((const float *)values)[at] : value_of(dtype, ((const uint16_t *)values)[at]);
-}
-
-__device__ void store_value(void *values, uint64_t at, uint32_t dtype, float value) {
-    if (dtype == F32) ((float *)values)[at] = value;
-    else ((uint16_t *)values)[at] = (uint16_t)round_to(dtype, value);
-}
-
 // Takes a band's weights and multiplies its rows as they are complete.
 struct Multiply {
     float *ring;          // weight i of the band at i % RING

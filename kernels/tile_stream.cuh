@@ -90,36 +90,32 @@ template <class P> __device__ inline uint32_t buffer_bytes(const P &plan) {
     return (has_table(plan) ? GROUP : 0) + (plan.kind == INT8 ? BAND_WEIGHTS : 0);
 }
 
-// Fills the 4096 slots of the decode table, by all threads of a block: symbol | frequency << 8 | (slot - start) << 20.
+// Fills the 4096 slots of the decode table, by all threads of a block: frequency | symbol << 12 | (slot - start) << 20.
 // `starts` is scratch of 257 words.
 __device__ inline void build_table(Bytes stream, uint32_t *table, uint32_t *starts) {
     const Bytes freqs = stream.part(HEADER_BYTES, TABLE_BYTES);
+    const uint32_t lane = threadIdx.x % 32;
     if (threadIdx.x < 32) {
         // Warp 0 sums: 8 frequencies a lane, then across lanes.
         uint32_t sums[8], sum = 0;
         for (uint32_t k = 0; k < 8; k++) {
             sums[k] = sum;
-            sum += (uint32_t)freqs.load(2 * (8 * threadIdx.x + k), 2);
+            sum += (uint32_t)freqs.load(2 * (8 * lane + k), 2);
         }
         uint32_t before = sum;
         for (uint32_t step = 1; step < 32; step *= 2) {
             const uint32_t other = __shfl_up_sync(ALL, before, step);
-            if (threadIdx.x >= step) before += other;
+            if (lane >= step) before += other;
         }
         before -= sum;
-        for (uint32_t k = 0; k < 8; k++) starts[8 * threadIdx.x + k] = min(before + sums[k], SLOTS);
-        if (threadIdx.x == 31) starts[256] = SLOTS;
+        for (uint32_t k = 0; k < 8; k++) starts[8 * lane + k] = min(before + sums[k], SLOTS);
+        if (lane == 31) starts[256] = SLOTS;
     }
     __syncthreads();
-    for (uint32_t slot = threadIdx.x; slot < SLOTS; slot += blockDim.x) {
-        // The last symbol that starts at or before the slot and is not empty.
-        uint32_t low = 0, high = 256;
-        while (high - low > 1) {
-            const uint32_t middle = (low + high) / 2;
-            if (starts[middle] <= slot) low = middle; else high = middle;
-        }
-        const uint32_t frequency = starts[low + 1] - starts[low];
-        table[slot] = low | (frequency & 0xfff) << 8 | (slot - starts[low]) << 20;
+    // A warp fills the slots of a symbol. Whatever the frequencies are, every slot gets an entry.
+    for (uint32_t symbol = threadIdx.x / 32; symbol < 256; symbol += blockDim.x / 32) {
+        const uint32_t start = starts[symbol], frequency = starts[symbol + 1] - start;
+        for (uint32_t k = lane; k < frequency; k += 32) table[start + k] = (frequency & 0xfff) | symbol << 12 | k << 20;
     }
     __syncthreads();
 }
@@ -143,7 +139,7 @@ struct Symbols {
     // The lane's next symbol.
     __device__ uint32_t next() {
         const uint32_t entry = table[state & (SLOTS - 1)];
-        state = ((entry >> 8) & 0xfff) * (state >> 12) + (entry >> 20);
+        state = (entry & 0xfff) * (state >> 12) + (entry >> 20);
         const bool needs = state < LOW;
         const uint32_t all = __ballot_sync(ALL, needs);
         const uint32_t index = at + __popc(all & below);
@@ -159,7 +155,7 @@ struct Symbols {
             w2 = words.u32(ahead + 4 * (threadIdx.x % 32));
             ahead += 128;
         }
-        return entry & 255;
+        return entry >> 12 & 255;
     }
     // Whether states and words are what they must be at the end.
     __device__ bool finished() const { return __all_sync(ALL, state == LOW) && 2ull * taken == words.len; }

@@ -64,4 +64,22 @@ template <class P> __device__ inline uint32_t finish(const P &plan, uint32_t val
 
 __device__ inline uint32_t dtype_bytes(uint8_t dtype) { return dtype == F32 ? 4 : dtype <= F16 ? 2 : 1; }
 
+// What is multiplied: contiguous rows of `dtype`. Mirrors `cuda::hybrid::Activations`.
+struct Activations {
+    const void *x;
+    void *y;
+    float *partial;
+    uint32_t *arrived;
+    uint32_t batch, dtype;
+};
+
+__device__ inline float load_value(const void *values, uint64_t at, uint32_t dtype) {
+    return dtype == F32 ? ((const float *)values)[at] : value_of(dtype, ((const uint16_t *)values)[at]);
+}
+
+__device__ inline void store_value(void *values, uint64_t at, uint32_t dtype, float value) {
+    if (dtype == F32) ((float *)values)[at] = value;
+    else ((uint16_t *)values)[at] = (uint16_t)round_to(dtype, value);
+}
+
 } // namespace taper

@@ -12,6 +12,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchConfig,
 use super::kernels::{Kernels, driver};
 use super::memory::rows_within;
 use super::plan::{AS_STORED, INTEGERS, Plan, UNROUNDED};
+use super::rans::Bands;
 use super::scratch::WORKSPACE;
 use super::upload::upload;
 use crate::codec::band::{ESCAPE_COUNT, UNFINISHED};
@@ -42,6 +43,8 @@ pub struct DeviceStream {
     geometry: Geometry,
     /// Whether it is what `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
     usual: bool,
+    /// What its bands are, if `kernels/rans.cu` takes them.
+    bands: Option<Bands>,
     /// Bytes of shared memory that decoding takes.
     shared: u32,
 }
@@ -74,6 +77,7 @@ impl DeviceStream {
             status,
             plan: Plan::of(stream),
             usual: Plan::usual(plan),
+            bands: Bands::of(plan, geometry),
             dtype: plan.dtype,
             geometry,
             shared: (SCRATCH + table + 4 * buffer) as u32,
@@ -114,6 +118,10 @@ impl DeviceStream {
 
     pub(super) fn usual(&self) -> bool {
         self.usual
+    }
+
+    pub(super) fn bands(&self) -> Option<Bands> {
+        self.bands
     }
 
     pub(super) fn shared(&self) -> u32 {
@@ -169,7 +177,7 @@ impl DeviceStream {
             return Err(Error::Invalid(format!("rows {rows:?} of a matrix with {height} rows")));
         }
         let stride = self.stride(rows.len(), dtype, out.len())?;
-        if rows.is_empty() {
+        if rows.is_empty() || dtype == Dtype::Bf16 && self.decode_bands(stream, rows.clone(), &plan, stride, out)? {
             return Ok(());
         }
         let tiles = rows.end.div_ceil(TILE) - rows.start / TILE;

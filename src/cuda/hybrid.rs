@@ -15,16 +15,16 @@ const ROWS: usize = 8;
 /// Bytes of shared memory for decoded weights: 512 F32 values of each warp.
 const RINGS: usize = 4 * 512 * 4;
 
-/// What is multiplied: the struct of that name in `kernels/hybrid.cu`.
+/// What is multiplied: the struct of that name in `kernels/tile_values.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Activations {
-    x: u64,
-    y: u64,
-    partial: u64,
-    arrived: u64,
-    batch: u32,
-    dtype: u32,
+pub(super) struct Activations {
+    pub x: u64,
+    pub y: u64,
+    pub partial: u64,
+    pub arrived: u64,
+    pub batch: u32,
+    pub dtype: u32,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -43,6 +43,9 @@ impl DeviceStream {
         let (Geometry { rows, cols }, size) = (self.geometry(), dtype.size());
         if batch * cols * size > x.len() || batch * rows * size > y.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
+        }
+        if self.bands().is_some() {
+            return self.product_bands(x, y, batch, dtype);
         }
         let (across, down) = (cols.div_ceil(TILE), rows.div_ceil(TILE));
         let partial = across * batch * rows;

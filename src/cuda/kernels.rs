@@ -14,6 +14,7 @@ use cudarc::nvrtc::Ptx;
 use super::family::{Family, PackedKernels};
 use super::layers::SideStreams;
 use super::pair::PairKernels;
+use super::rans::RansKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
 use crate::codec::kquant::GgmlType;
@@ -36,6 +37,7 @@ pub(super) struct Kernels {
     pub repair_scan: CudaFunction,
     packed: Vec<(Family, PackedKernels)>,
     pub pair: PairKernels,
+    pub rans: RansKernels,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
     /// Dynamic shared memory that a block may have.
@@ -111,6 +113,7 @@ impl Kernels {
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
+            rans: RansKernels::load(&module(image::RANS)?, shared)?,
             blocks: OnceLock::new(),
             shared,
             staging: Mutex::new(None),

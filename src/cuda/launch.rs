@@ -1,6 +1,7 @@
 //! How products are launched: the grid and the shared memory that their kernels ask for, and programmatic launches.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::cuda_backend::cudarc;
@@ -219,6 +220,14 @@ const SINGLE: usize = 6;
 /// Bytes of the table of layout `pair`, which each lane has for itself.
 pub(super) const PAIR_TABLE: usize = 256 * 128;
 
+/// The grid of a launch: blocks, threads of each, and their dynamic shared memory in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grid {
+    pub blocks: u32,
+    pub threads: u32,
+    pub shared: u32,
+}
+
 /// Enqueues a product.
 ///
 /// # Safety
@@ -228,6 +237,24 @@ pub(super) unsafe fn launch<A: DeviceRepr>(
     function: &CudaFunction,
     shape: &LaunchShape,
     argument: &A,
+    programmatic: bool,
+) -> Result<()> {
+    let blocks = (shape.groups * shape.slabs) as u32;
+    let grid = Grid { blocks, threads: shape.threads, shared: shape.shared as u32 };
+    // SAFETY: the caller's.
+    unsafe { launch_with(stream, function, grid, &[(&raw const *argument).cast()], programmatic) }
+}
+
+/// Enqueues a kernel, which may start before the one before it has ended if `programmatic`.
+///
+/// # Safety
+/// `arguments` must point to what the kernel declares, and the memory that it names have the sizes that the kernel asks for,
+/// for as long as the stream uses it.
+pub(super) unsafe fn launch_with(
+    stream: &cudarc::driver::CudaStream,
+    function: &CudaFunction,
+    grid: Grid,
+    arguments: &[*const c_void],
     programmatic: bool,
 ) -> Result<()> {
     driver(stream.context().bind_to_thread())?;
@@ -240,20 +267,20 @@ pub(super) unsafe fn launch<A: DeviceRepr>(
         value,
     };
     let config = sys::CUlaunchConfig {
-        gridDimX: (shape.groups * shape.slabs) as u32,
+        gridDimX: grid.blocks,
         gridDimY: 1,
         gridDimZ: 1,
-        blockDimX: shape.threads,
+        blockDimX: grid.threads,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: shape.shared as u32,
+        sharedMemBytes: grid.shared,
         hStream: stream.cu_stream(),
         attrs: &raw mut attribute,
         numAttrs: u32::from(programmatic),
     };
-    let mut arguments = [(argument as *const A).cast_mut().cast()];
-    // SAFETY: the caller's; the driver copies the argument before it returns.
+    // SAFETY: the caller's; the driver reads and copies the arguments before it returns.
     driver(unsafe {
-        sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()).result()
+        let arguments = arguments.as_ptr().cast_mut().cast();
+        sys::cuLaunchKernelEx(&config, function.cu_function(), arguments, std::ptr::null_mut()).result()
     })
 }

@@ -43,6 +43,7 @@ mod pair_code;
 mod pair_packing;
 mod plan;
 mod product;
+mod rans;
 mod scratch;
 mod upload;
 mod weight;

@@ -43,7 +43,7 @@ const _: () = assert!(size_of::<Product>() == 112);
 
 /// Columns of activations that a row takes on tensor cores, and the kernels' number of its dtype: F16 and F32 activations
 /// are split exactly into BF16 ones.
-fn columns_of(dtype: Dtype) -> (usize, i32) {
+pub(super) fn columns_of(dtype: Dtype) -> (usize, i32) {
     let kind = kind_of(dtype);
     (kind as usize + 1, kind)
 }

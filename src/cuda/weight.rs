@@ -164,26 +164,30 @@ impl CudaWeight {
         memory: &mut CudaViewMut<u8>,
         factors: bool,
     ) -> Result<()> {
-        let fused = match &self.kept {
-            Kept::Stream(stream) if factors => return stream.decode_factors(rows, dtype, memory),
-            Kept::Stream(stream) => return stream.decode_rows(rows, dtype, memory),
-            Kept::Fused(fused) => fused,
+        let decode = |rows: Range<usize>, dtype: Dtype, memory: &mut CudaViewMut<u8>| match &self.kept {
+            Kept::Stream(stream) if factors => stream.decode_factors(rows, dtype, memory),
+            Kept::Stream(stream) => stream.decode_rows(rows, dtype, memory),
+            Kept::Fused(fused) => fused.decode_rows(&self.device().cuda_stream(), rows, dtype, memory),
         };
-        let stream = self.device().cuda_stream();
-        if fused.decodes_to(dtype) {
-            return fused.decode_rows(&stream, rows, dtype, memory);
+        if self.decodes_to(dtype) {
+            return decode(rows, dtype, memory);
         }
         let values = rows.len() * self.geometry().cols;
         let (mut out, mut aside) = memory.split_at_mut(values * dtype.size());
-        fused.decode_rows(&stream, rows, Dtype::Bf16, &mut aside)?;
+        decode(rows, Dtype::Bf16, &mut aside)?;
         self.convert(&aside.as_view(), Dtype::Bf16, &mut out, values, dtype)
     }
 
     /// Bytes that [`CudaWeight::decode_block`] needs for a weight.
     pub(super) fn room(&self, dtype: Dtype) -> usize {
+        if self.decodes_to(dtype) { dtype.size() } else { dtype.size() + 2 }
+    }
+
+    /// Whether rows are decoded to that dtype, or to BF16 and converted.
+    fn decodes_to(&self, dtype: Dtype) -> bool {
         match &self.kept {
-            Kept::Fused(fused) if !fused.decodes_to(dtype) => dtype.size() + 2,
-            _ => dtype.size(),
+            Kept::Stream(stream) => stream.decodes_to(dtype),
+            Kept::Fused(fused) => fused.decodes_to(dtype),
         }
     }
 
@@ -290,10 +294,12 @@ impl CudaWeight {
     /// than one step.
     pub(super) fn decode_on(&self, stream: &Arc<CudaStream>, dtype: Dtype, out: &mut CudaViewMut<u8>) -> Result<bool> {
         let rows = 0..self.geometry().rows;
+        if !self.decodes_to(dtype) {
+            return Ok(false);
+        }
         match &self.kept {
             Kept::Stream(kept) => kept.decode_rows_on(stream, rows, dtype, out)?,
-            Kept::Fused(fused) if fused.decodes_to(dtype) => fused.decode_rows(stream, rows, dtype, out)?,
-            Kept::Fused(_) => return Ok(false),
+            Kept::Fused(fused) => fused.decode_rows(stream, rows, dtype, out)?,
         }
         Ok(true)
     }

@@ -120,7 +120,7 @@ fn check(device: &Device, layer: &CompressedLinear, w: &Matrix, x: &[f32], m: us
 fn products_of_any_shape_are_right() {
     let Some(device) = gpu() else { return };
     let sizes =
-        [(1, 1), (2, 3), (16, 128), (17, 129), (40, 1000), (130, 300), (257, 513), (600, 600), (300, 2500), (48, 5000)];
+        [(1, 1), (2, 3), (16, 128), (17, 129), (40, 1000), (130, 300), (257, 513), (600, 600), (300, 2500), (48, 5000), (1, 256), (67, 768)];
     for (rows, cols) in sizes {
         for shape in [Shape::Gaussian, Shape::StudentT, Shape::Constant] {
             let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
@@ -140,6 +140,33 @@ fn products_of_any_shape_are_right() {
                             &format!("{rows}x{cols} {shape:?} {layout:?} m={m} {dtype:?}"),
                         );
                     }
+                }
+            }
+        }
+    }
+}
+
+/// BF16 at rest with whole tiles of columns, with and without levels, for which there are kernels of their own.
+#[test]
+fn products_of_bf16_at_rest_are_right() {
+    let Some(device) = gpu() else { return };
+    for (rows, cols) in [(1, 256), (67, 768), (600, 2048), (3000, 512)] {
+        for shape in [Shape::Gaussian, Shape::Scaled, Shape::Specials] {
+            let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
+            if rows == 3000 {
+                let levels = w.weight.plan().scale == ScaleLayout::Levels;
+                assert!(levels == (shape == Shape::Scaled) || shape == Shape::Specials, "{shape:?}");
+            }
+            let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Rans).unwrap();
+            for m in [1, 2, 3, 5, 8, 9, 16, 17] {
+                for dtype in [DType::BF16, DType::F16, DType::F32] {
+                    let what = format!("{rows}x{cols} {shape:?} m={m} {dtype:?}");
+                    let mut x = activations(m, cols, m as u64);
+                    check(&device, &layer, &w, &x, m, dtype, &what);
+                    for (i, special) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().enumerate() {
+                        x[(i * 7919 + 13) % (m * cols)] = special;
+                    }
+                    check(&device, &layer, &w, &x, m, dtype, &format!("{what}, special x"));
                 }
             }
         }
