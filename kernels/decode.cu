@@ -1,8 +1,8 @@
 // Tile streams to memory: whole rows of a matrix, or the rows of an embedding's table that ids ask for.
 //
 // A block takes one tile, each of its four warps one band (64 rows). This is the readable reference: everything about a
-// matrix is decided at run time, by branches that all threads take alike; what BF16 matrices usually are has kernels in
-// which most of them fall away.
+// matrix is decided at run time, by branches that all threads take alike; BF16 matrices without levels have kernels in which
+// most of them fall away. Those whose columns fill whole tiles are decoded by rans.cu.
 #include "tile_block.cuh"
 
 namespace {

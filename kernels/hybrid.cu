@@ -1,5 +1,5 @@
 // y = x W^T straight from a tile stream, for up to 8 rows of activations: the reference of fused products, for every kind of
-// matrix and every predictor.
+// matrix and every predictor. BF16 matrices whose columns fill whole tiles have a faster one, rans.cu.
 //
 // A block takes one tile, each of its four warps one band. 256 weights at a time are decoded into the warp's ring in shared
 // memory, as f32; whenever a row of the band is complete, the warp multiplies it with the activations of the tile's columns

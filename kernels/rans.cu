@@ -1,19 +1,19 @@
 // BF16 matrices at rest: decoded to memory, and y = x W^T without a decoded weight in memory, on tensor cores.
 //
-// How bands are decoded: rans_band.cuh, with its budget. A block stays on its multiprocessor; each of its warps takes every
-// so many-th band.
+// How bands are decoded: rans_band.cuh, with its budget. A block stays on its multiprocessor; each of its warps takes
+// every so many-th band.
 //
-// Product. All lanes hold weights of the same row, so the tensor cores are given eight eights of its columns as if they were
-// eight rows: lane l's pair of columns is row l / 4 of A, and with the activations of the same columns as column l / 4 of
-// B the diagonal of the product holds what belongs together. Seven eighths of the work are for nothing, and still it is
-// one instruction for 256 weights. Two rows of the band are the halves of A. A band's sums go to `partial`; the last
-// band of a row of bands adds them, in the order of the columns: the same result from run to run.
+// Product. All lanes hold weights of the same row, so the tensor cores are given eight eights of its columns as if they
+// were eight rows: lane l's pair of columns is row l / 4 of A, and with the activations of the same columns as column l
+// / 4 of B the diagonal of the product holds what belongs together. Seven eighths of the work are for nothing, and
+// still it is one instruction for 256 weights. Two rows of the band are the halves of A. A band's sums go to `partial`;
+// the last band of a row of bands adds them, in the order of the columns: the same result from run to run.
 //
 // Launch   grid at most the multiprocessors, block at most RANS_THREADS, dynamic shared memory RANS_TABLES + a warp's
-//          RANS_RING_BYTES + (_8 only) 512 * columns; columns: batch * parts <= 1, or <= 8 for _8. Parts: 1 for bf16, 2 for
-//          f16, 3 for f32 activations.
-//          partial: tile columns * batch * rows floats; arrived: a zeroed word for each row of bands, zero at the end.
-//          Products may be launched with programmatic stream serialisation: only the stream is read before the wait.
+//          RANS_RING_BYTES + (_8 only) 512 * columns; columns: batch * parts <= 1, or <= 8 for _8. Parts: 1 for bf16, 2
+//          for f16, 3 for f32 activations. partial: tile columns * batch * rows floats; arrived: a zeroed word for each
+//          row of bands, zero at the end. Products may be launched with programmatic stream serialisation: only the
+//          stream is read before the wait.
 #include "parts.cuh"
 #include "rans_band.cuh"
 

@@ -1,22 +1,25 @@
-// BF16 matrices from their tile streams at speed: what `decode_band` does for every kind, for the one that there is most of.
+// BF16 matrices from their tile streams at speed: what `decode_band` does for every kind, for the one that there is
+// most of.
 //
 //   For       kind and dtype BF16, 4-bit classes by rANS, 8 raw bits, levels or not, columns a multiple of 256.
-//   Warp      takes one band: 64 rows x 256 columns, a row in four steps of 32 symbols. In step s lane l decodes columns
+//   Warp      takes one band: 64 rows x 256 columns, a row in four steps of 32 symbols. In step s lane l decodes
+//   columns
 //             64 s + 2 l and the next one, two rows at a time.
 //   Words     in a ring of the warp, 4 chunks of 512 bytes, which cp.async fills. Two rows take at most one chunk, so
 //             the ring is looked after once for two rows. The first chunk has a copy behind the last: within two rows
 //             addresses go straight on.
-//   Raw bits  two bytes a lane and step from memory, two rows ahead; the L2 has them 16 rows ahead.
+//   Raw bits  two bytes a lane and step from memory, two rows ahead. Prefetching 16 rows ahead into the L2 was slower.
 //   Tables    slots   4096 words: frequency | symbol << 12 | (slot - start) << 20
 //             pairs   256 symbols x 8 copies: exponent of the first weight << 7 | of the second << 23 | 1 if the first
 //                     is an escape | 1 << 16 if the second is
 //
-// Bounds: the sections of a band are compared with the stream once, before anything is decoded. In the ring no address can
-// leave it, whatever the words are, and past the section's end it is filled with zeros. A band that does not lie within
-// its tile gives zeros and a status.
+// Bounds: the sections of a band are compared with the stream once, before anything is decoded. In the ring no address
+// can leave it, whatever the words are, and past the section's end it is filled with zeros. A band that does not lie
+// within its tile gives zeros and a status.
 //
-// Budget, thread-instructions a weight: 14, of which 6 go to the ALU, which takes half of what can be issued; with levels 16.
-// A symbol waits for the one before it in its lane, some 150 cycles: seven warps a scheduler hide that.
+// Budget, thread-instructions a weight: 14, with levels 16, of which the ALU, which takes half of what can be issued,
+// should get 6. Spent with levels, escapes and tables included: 23. A symbol waits for the one before it in its lane,
+// some 150 cycles: seven warps a scheduler are to hide that, and a quarter to a half of the time they do not.
 #pragma once
 #include "ptx.cuh"
 #include "tile_values.cuh"
@@ -37,8 +40,8 @@ using RansRows = uint32_t[2][RANS_STEPS];
 struct RansTables {
   uint32_t slots, pairs;  // shared addresses; `pairs` of the lane's own copy
 
-  // By all threads of the block. `memory`: RANS_TABLES bytes, 16-byte aligned. `pairs` lies at a multiple of its size, so
-  // that a place in it needs no addition.
+  // By all threads of the block. `memory`: RANS_TABLES bytes, 16-byte aligned. `pairs` lies at a multiple of its size,
+  // so that a place in it needs no addition.
   __device__ RansTables(const Plan& plan, Bytes stream, uint8_t* memory) {
     const uint32_t at = shared_address(memory), skip = (at + 1040 + RANS_PAIRS - 1) / RANS_PAIRS * RANS_PAIRS - at;
     uint32_t *const exponents = (uint32_t*)(memory + skip), *const table = exponents + RANS_PAIRS / 4;
@@ -116,14 +119,14 @@ __device__ __forceinline__ void async_copy16_or_zeros(uint32_t dst, const void* 
 
 // The words of a band on their way through the warp's ring.
 struct RansWords {
-  const uint8_t* from;  // this lane's part of the first chunk
+  const uint8_t* from;                           // this lane's part of the first chunk
   uint32_t bytes, place, ring, at, sent, taken;  // `place`: of the lane in the ring; `sent`, `taken`: bytes
 
   __device__ RansWords(const RansBand& band, uint32_t ring_)
       : from(band.coded + 4 * LANES + threadIdx.x % 32 * 16), ring(ring_), sent(0), taken(0) {
     place = ring + threadIdx.x % 32 * 16;
     bytes = band.word_bytes - min(band.word_bytes, threadIdx.x % 32 * 16);  // from the lane's part on
-    __syncwarp();  // the last band's words have been read
+    __syncwarp();                                                           // the last band's words have been read
     for (int i = 0; i < 4; i++) fetch(), async_commit();
   }
   __device__ __forceinline__ void fetch() {
@@ -133,8 +136,8 @@ struct RansWords {
     if (slot == 0) async_copy16_or_zeros(place + RANS_RING, from + sent, there);
     sent += RANS_CHUNK;
   }
-  // Before two rows: the chunk of the next word and the one after it are there. A chunk is fetched into the place of one
-  // that has been used up, at most one each time; those of the last two times may still be on their way.
+  // Before two rows: the chunk of the next word and the one after it are there. A chunk is fetched into the place of
+  // one that has been used up, at most one each time; those of the last two times may still be on their way.
   __device__ __forceinline__ void begin() {
     __syncwarp();
     if (taken + RANS_RING - sent >= RANS_CHUNK) fetch();
@@ -171,11 +174,6 @@ __device__ __forceinline__ void rans_band(const Plan& plan, Bytes stream, const 
   }
   RansWords words(band, ring);
   uint32_t state = __ldg((const uint32_t*)band.coded + lane);
-  const auto ahead = [&](uint32_t row) {
-    row += lane / 2;
-    if (row < rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(band.raw + row * TILE + lane % 2 * 128));
-  };
-  ahead(0);
   const uint8_t* const raw_of_lane = band.raw + 2 * lane;
   const auto raw_of = [&](uint32_t row, uint32_t s) {
     return (uint32_t)__ldg((const uint16_t*)(raw_of_lane + min(row, rows - 1) * TILE + 64 * s));
@@ -198,7 +196,6 @@ __device__ __forceinline__ void rans_band(const Plan& plan, Bytes stream, const 
 #pragma unroll 1
   for (uint32_t row = 0; row < rows; row += 2) {
     words.begin();
-    if (row % 16 == 0) ahead(row + 16);
     const bool two = row + 1 < rows;
     const uint32_t of_two = LEVELS ? __shfl_sync(ALL, of_rows, row / 2) : 0;
 #pragma unroll
@@ -215,9 +212,7 @@ __device__ __forceinline__ void rans_band(const Plan& plan, Bytes stream, const 
         marks |= e[s];
         // Carries over an exponent's end go to a bit that the sign replaces.
         if (LEVELS)
-          asm("mad.lo.u32 %0, %1, 8, %0;"
-              : "+r"(e[s])
-              : "r"(__vminu2(of_cols[s] + of_row, 0x00ff00ff) & 0x00f000f0));
+          asm("mad.lo.u32 %0, %1, 8, %0;" : "+r"(e[s]) : "r"(__vminu2(of_cols[s] + of_row, 0x00ff00ff) & 0x00f000f0));
       }
       if (__any_sync(ALL, marks & 0x10001)) {  // a few rows in a hundred
 #pragma unroll

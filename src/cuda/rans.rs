@@ -31,6 +31,8 @@ const COLUMN: usize = 512;
 const BAND: usize = 64;
 /// Columns of activations of a launch.
 const COLUMNS: usize = 8;
+/// Rows of activations. More are faster with decoded weights: eight take twice and a half what one takes.
+const ROWS: usize = 4;
 
 /// What the bands of a matrix are, for which there are kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,8 +123,8 @@ impl DeviceStream {
         Ok(true)
     }
 
-    /// Enqueues `y = x · Wᵀ`, as [`DeviceStream::product`], which has checked the sizes: false if it would take more launches
-    /// than decoding is worth.
+    /// Enqueues `y = x · Wᵀ`, as [`DeviceStream::product`], which has checked the sizes: false, with nothing done, if there are
+    /// too many rows.
     pub(super) fn product_bands(
         &self,
         x: &CudaView<u8>,
@@ -134,11 +136,9 @@ impl DeviceStream {
         let (kernels, Geometry { rows, cols }, size) = (self.kernels(), self.geometry(), dtype.size());
         let (parts, _) = columns_of(dtype);
         let each = batch.min(COLUMNS / parts);
-        // Weights are decoded to BF16: products in other dtypes would convert them too.
-        let most = if dtype == Dtype::Bf16 { 2 } else { 4 };
         let (across, down) = (cols / TILE, rows.div_ceil(BAND));
         let partial = across * each * rows;
-        if batch == 0 || batch.div_ceil(each) > most || 4 * partial > WORKSPACE {
+        if batch == 0 || batch > ROWS || 4 * partial > WORKSPACE {
             return Ok(false);
         }
         let single = each * parts == 1;
