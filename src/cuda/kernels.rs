@@ -11,9 +11,11 @@ use cudarc::driver::sys::{CUdevice_attribute as Property, CUfunction_attribute_e
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
+use super::attention::AttentionKernels;
 use super::family::{Family, PackedKernels};
 use super::layers::SideStreams;
 use super::pair::PairKernels;
+use super::pointwise::PointwiseKernels;
 use super::rans::RansKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
@@ -38,6 +40,8 @@ pub(super) struct Kernels {
     packed: Vec<(Family, PackedKernels)>,
     pub pair: PairKernels,
     pub rans: RansKernels,
+    pub attention: AttentionKernels,
+    pub pointwise: PointwiseKernels,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
     /// Dynamic shared memory that a block may have.
@@ -112,6 +116,8 @@ impl Kernels {
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,
             packed: packed.collect::<Result<_>>()?,
+            attention: AttentionKernels::load(&module(image::ATTENTION)?)?,
+            pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
             blocks: OnceLock::new(),

@@ -21,6 +21,7 @@
 //! when the first has no work in flight; `Device::new_cuda_with_stream` has one stream for all threads. Before a graph is
 //! captured on such a stream, `CudaDevice::disable_event_tracking` must have been called, before anything was loaded.
 
+mod attention;
 mod bandwidth;
 mod choices;
 mod choose;
@@ -42,18 +43,22 @@ mod pair;
 mod pair_code;
 mod pair_packing;
 mod plan;
+mod pointwise;
 mod product;
 mod rans;
 mod scratch;
 mod upload;
 mod weight;
 
+pub use attention::LoadedKernels;
+pub(crate) use attention::{OneToken, attends_to, takes};
 pub use bandwidth::GpuTimer;
 pub use choose::set_measuring;
 pub use decode::DeviceStream;
 pub use launch::set_programmatic_launch;
 pub use layers::decode_layers;
 pub use memory_use::MemoryUse;
+pub(crate) use pointwise::{add_norm, gated};
 pub use weight::CudaWeight;
 
 use candle_core::DType;

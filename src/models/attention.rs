@@ -43,6 +43,9 @@ impl<L: LinearLayer> Attention<L> {
         let (batch, tokens, _) = x.dims3()?;
         let split = |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, self.head_dim))?.transpose(1, 2);
         let [q, k, v] = L::forward_each([&self.q, &self.k, &self.v], x)?;
+        if let Some(y) = cache.attend_one(layer, position, [&q, &k, &v], self.kv_heads)? {
+            return self.o.forward(&y);
+        }
         let q = cache.rotate(&split(q, self.heads)?, position)?;
         let k = cache.rotate(&split(k, self.kv_heads)?, position)?;
         let v = split(v, self.kv_heads)?;

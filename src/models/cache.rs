@@ -5,7 +5,7 @@ use std::f32::consts::PI;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Config, Llama3RopeType};
-use crate::ops::rope;
+use crate::ops::{Held, attend_one, rope};
 
 /// Positions that a cache has room for at first.
 const FIRST_CAPACITY: usize = 256;
@@ -27,6 +27,9 @@ pub struct Cache {
     rotations: Option<(Tensor, Tensor)>,
     dtype: DType,
     device: Device,
+    /// Kernels for attention stay loaded while the cache is there.
+    #[cfg(feature = "cuda")]
+    _kernels: Option<crate::cuda::LoadedKernels>,
 }
 
 impl Cache {
@@ -49,6 +52,11 @@ impl Cache {
             rotations: None,
             dtype,
             device: device.clone(),
+            #[cfg(feature = "cuda")]
+            _kernels: match device {
+                Device::Cuda(device) => crate::cuda::LoadedKernels::of(device).ok(),
+                _ => None,
+            },
         })
     }
 
@@ -142,7 +150,41 @@ impl Cache {
         if !self.use_kv_cache {
             return Ok((keys.contiguous()?, values.contiguous()?));
         }
-        let (batch, heads, tokens, head_dim) = keys.dims4()?;
+        let shape @ (_, _, tokens, _) = keys.dims4()?;
+        let (all_keys, all_values) = self.room(layer, position, shape, keys)?;
+        all_keys.slice_set(&keys.contiguous()?, 2, position)?;
+        all_values.slice_set(&values.contiguous()?, 2, position)?;
+        let end = position + tokens;
+        Ok((all_keys.narrow(2, 0, end)?, all_values.narrow(2, 0, end)?))
+    }
+
+    /// Attention of one token, where there is a kernel that also rotates it and writes it to the cache; see
+    /// [`crate::ops::attend_one`].
+    pub(super) fn attend_one(
+        &mut self,
+        layer: usize,
+        position: usize,
+        [q, k, v]: [&Tensor; 3],
+        kv_heads: usize,
+    ) -> Result<Option<Tensor>> {
+        let (batch, tokens, width) = k.dims3()?;
+        if tokens != 1 || !self.use_kv_cache || !k.device().is_cuda() {
+            return Ok(None);
+        }
+        let (keys, values) = self.room(layer, position, (batch, kv_heads, 1, width / kv_heads), k)?;
+        let Some((cos, sin)) = &self.rotations else { bail!("the cache was not prepared for this call") };
+        attend_one(q, k, v, Held { keys: &keys, values: &values, cos, sin }, position)
+    }
+
+    /// A layer's buffers, with room for keys and values of shape `[batch, kv_heads, tokens, head_dim]` at `position`, of the
+    /// dtype and on the device of `like`.
+    fn room(
+        &mut self,
+        layer: usize,
+        position: usize,
+        (batch, heads, tokens, head_dim): (usize, usize, usize, usize),
+        like: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
         let end = position + tokens;
         let count = self.layers.len();
         let Some(slot) = self.layers.get_mut(layer) else {
@@ -158,20 +200,18 @@ impl Cache {
                 );
             }
             let shape = (batch, heads, grown(end, self.context), head_dim);
-            let grow = |old: Option<&Tensor>, new: &Tensor| -> Result<Tensor> {
-                let buffer = Tensor::zeros(shape, new.dtype(), new.device())?;
+            let grow = |old: Option<&Tensor>| -> Result<Tensor> {
+                let buffer = Tensor::zeros(shape, like.dtype(), like.device())?;
                 if let Some(old) = old.filter(|_| position > 0) {
                     buffer.slice_set(&old.narrow(2, 0, position)?.contiguous()?, 2, 0)?;
                 }
                 Ok(buffer)
             };
             let old = slot.as_ref();
-            *slot = Some((grow(old.map(|kv| &kv.0), keys)?, grow(old.map(|kv| &kv.1), values)?));
+            *slot = Some((grow(old.map(|kv| &kv.0))?, grow(old.map(|kv| &kv.1))?));
         }
-        let Some((all_keys, all_values)) = slot else { bail!("the cache lost layer {layer}") };
-        all_keys.slice_set(&keys.contiguous()?, 2, position)?;
-        all_values.slice_set(&values.contiguous()?, 2, position)?;
-        Ok((all_keys.narrow(2, 0, end)?, all_values.narrow(2, 0, end)?))
+        let Some((keys, values)) = slot else { bail!("the cache lost layer {layer}") };
+        Ok((keys.clone(), values.clone()))
     }
 
     /// The positions up to `end` now hold what all layers wrote.

@@ -14,12 +14,11 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
-use candle_nn::RmsNorm;
 
 use super::attention::Attention;
 use super::{Cache, Config, DenseWeights, Weights};
 use crate::nn::LinearLayer;
-use crate::ops::gated;
+use crate::ops::{Norm, gated};
 use crate::{Checkpoint, Error};
 
 /// A Llama of plain candle layers.
@@ -46,7 +45,7 @@ const LAYER_PARTS: [&str; 9] = [
 pub struct Llama<L, E> {
     embedding: E,
     blocks: Vec<Block<L>>,
-    norm: RmsNorm,
+    norm: Norm,
     lm_head: L,
     config: Config,
     rope_factors: Option<Vec<f32>>,
@@ -58,9 +57,9 @@ pub struct Llama<L, E> {
 /// One layer.
 #[derive(Debug)]
 struct Block<L> {
-    norm_1: RmsNorm,
+    norm_1: Norm,
     attention: Attention<L>,
-    norm_2: RmsNorm,
+    norm_2: Norm,
     gate: L,
     up: L,
     down: L,
@@ -80,20 +79,27 @@ impl<L: LinearLayer> Block<L> {
         })
     }
 
-    fn forward(&self, x: &Tensor, layer: usize, position: usize, cache: &mut Cache) -> Result<Tensor> {
-        let x = {
+    /// Activations and their norm (this layer's first) become those after the layer, and their norm, `next`.
+    fn forward(
+        &self,
+        (x, normed): (&Tensor, &Tensor),
+        next: &Norm,
+        layer: usize,
+        position: usize,
+        cache: &mut Cache,
+    ) -> Result<(Tensor, Tensor)> {
+        let (x, normed) = {
             let _span = tracing::trace_span!("attn").entered();
-            (self.attention.forward(&self.norm_1.forward(x)?, layer, position, cache)? + x)?
+            self.norm_2.add(x, &self.attention.forward(normed, layer, position, cache)?)?
         };
         let _span = tracing::trace_span!("mlp").entered();
-        let y = self.norm_2.forward(&x)?;
-        let [gate, up] = L::forward_each([&self.gate, &self.up], &y)?;
-        self.down.forward(&gated(&gate, &up)?)? + x
+        let [gate, up] = L::forward_each([&self.gate, &self.up], &normed)?;
+        next.add(&x, &self.down.forward(&gated(&gate, &up)?)?)
     }
 }
 
-fn norm<W: Weights>(weights: &W, name: &str, config: &Config) -> crate::Result<RmsNorm> {
-    Ok(RmsNorm::new(weights.tensor(name, &[config.hidden_size])?, config.rms_norm_eps))
+fn norm<W: Weights>(weights: &W, name: &str, config: &Config) -> crate::Result<Norm> {
+    Ok(Norm::new(weights.tensor(name, &[config.hidden_size])?, config.rms_norm_eps))
 }
 
 impl<L: LinearLayer, E: Module> Llama<L, E> {
@@ -205,12 +211,14 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
         }
         cache.begin(position, count)?;
         let mut x = self.embedding.forward(&tokens.to_device(&self.device)?)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
+        let norms = self.blocks.iter().skip(1).map(|block| &block.norm_1).chain([&self.norm]);
+        let mut normed = self.blocks.first().map_or(&self.norm, |block| &block.norm_1).forward(&x)?;
+        for (layer, (block, next)) in self.blocks.iter().zip(norms).enumerate() {
             let _span = tracing::trace_span!("block").entered();
-            x = block.forward(&x, layer, position, cache)?;
+            (x, normed) = block.forward((&x, &normed), next, layer, position, cache)?;
         }
         cache.commit(position + count);
-        self.norm.forward(&x)
+        Ok(normed)
     }
 }
 

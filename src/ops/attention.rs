@@ -1,19 +1,20 @@
-//! What stands between the products of a Llama on the CPU, each in one pass: rotations, attention, the gated activation.
+//! Rotations and attention, each in one pass: on the CPU for any tokens, on a GPU for one new token, whose key and value
+//! are written to the cache on the way.
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::PoolExecutor;
 use crate::cpu::gemm::{Gemm, gemm};
-use crate::cpu::softmax::{silu_mul, softmax};
+use crate::cpu::softmax::softmax;
 use crate::cpu::{Backend, vectorize};
 use crate::matrix::run_parts;
 
 /// Queries of a head that are scored at a time: their scores fit the second-level cache for contexts of thousands.
 const QUERIES: usize = 32;
-/// Values of a task of the gated activation.
-const VALUES: usize = 1 << 14;
 
 thread_local! {
     /// A task's scores.
@@ -21,49 +22,13 @@ thread_local! {
 }
 
 /// True if these can be computed here: `f32`s on the CPU that nothing differentiates.
-fn plain(tensors: &[&Tensor]) -> bool {
+pub(super) fn plain(tensors: &[&Tensor]) -> bool {
     tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == candle_core::DType::F32 && !t.track_op())
 }
 
 /// A tensor's `f32`s from its first on.
-fn values<'s>(storage: &'s CpuStorage, layout: &Layout) -> Result<&'s [f32]> {
+pub(super) fn values<'s>(storage: &'s CpuStorage, layout: &Layout) -> Result<&'s [f32]> {
     Ok(&storage.as_slice::<f32>()?[layout.start_offset()..])
-}
-
-/// `gate.silu() · up` of two tensors of one shape.
-///
-/// # Errors
-/// If the shapes differ.
-pub fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let ready = plain(&[gate, up]) && gate.is_contiguous() && up.is_contiguous() && gate.shape() == up.shape();
-    if ready { gate.apply_op2_no_bwd(up, &Gated) } else { gate.silu()? * up }
-}
-
-struct Gated;
-
-impl CustomOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "silu-mul"
-    }
-
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let n = l1.shape().elem_count();
-        let (gate, up) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n]);
-        let backend = Backend::current()?;
-        let mut out = vec![0.0; n];
-        let parts = out.chunks_mut(VALUES).collect();
-        run_parts(&PoolExecutor, parts, |part, out| {
-            let range = part * VALUES..part * VALUES + out.len();
-            let (gate, up) = (&gate[range.clone()], &up[range]);
-            vectorize(
-                backend,
-                #[inline(always)]
-                || silu_mul(gate, up, out),
-            );
-            Ok(())
-        })?;
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
 }
 
 /// Rotates queries or keys `[batch, heads, tokens, size]`, of any strides but the last: pairs of a value and that half a
@@ -228,6 +193,89 @@ impl CustomOp3 for Causal {
     }
 }
 
+/// What [`attend_one`] finds in a cache.
+pub(crate) struct Held<'a> {
+    /// Keys and values `[batch, kv_heads, capacity, size]`.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    /// Cosines and sines `[> position, size / 2]`.
+    pub cos: &'a Tensor,
+    pub sin: &'a Tensor,
+}
+
+/// On a GPU: rotates the queries `[batch, 1, heads · size]` and the key of the token at `position`, writes its key and value
+/// `[batch, 1, kv_heads · size]` to the cache, and attends to all up to it: `[batch, 1, heads · size]`. `None`, with nothing
+/// done, elsewhere, for dtypes and sizes without a kernel, or if anything is differentiated.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub(crate) fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor, held: Held, position: usize) -> Result<Option<Tensor>> {
+    #[cfg(feature = "cuda")]
+    {
+        let all = [q, k, v, held.keys, held.values, held.cos, held.sin];
+        let size = held.keys.dims().last().copied().unwrap_or(0);
+        let aligned = |t: &&Tensor| (t.layout().start_offset() * t.dtype().size_in_bytes()).is_multiple_of(16);
+        let plain = |t: &&Tensor| {
+            t.device().is_cuda() && t.dtype() == q.dtype() && t.is_contiguous() && !t.track_op() && aligned(t)
+        };
+        if crate::cuda::takes(q) && crate::cuda::attends_to(size) && all.iter().all(plain) {
+            return q.apply_op3_no_bwd(k, v, &One(held, position)).map(Some);
+        }
+    }
+    _ = (q, k, v, held.keys, held.values, held.cos, held.sin, position);
+    Ok(None)
+}
+
+/// Attention of one token.
+#[cfg(feature = "cuda")]
+struct One<'a>(Held<'a>, usize);
+
+#[cfg(feature = "cuda")]
+impl CustomOp3 for One<'_> {
+    fn name(&self) -> &'static str {
+        "attention-of-one"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("attention of one token has a kernel on GPUs only")
+    }
+
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        l1: &Layout,
+        k: &CudaStorage,
+        l2: &Layout,
+        v: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        use candle_core::Storage::Cuda;
+        let Held { keys, values, cos, sin } = &self.0;
+        let [keys, values, cos, sin] = [keys, values, cos, sin].map(|tensor| tensor.storage_and_layout());
+        let parts = (&*keys.0, &*values.0, &*cos.0, &*sin.0);
+        let (Cuda(s1), Cuda(s2), Cuda(s3), Cuda(s4)) = parts else { bail!("attention: the cache is not on the GPU") };
+        let step = crate::cuda::OneToken {
+            q: (q, l1),
+            k: (k, l2),
+            v: (v, l3),
+            keys: (s1, keys.1),
+            values: (s2, values.1),
+            cos: (s3, cos.1),
+            sin: (s4, sin.1),
+            position: self.1,
+        };
+        Ok((step.attend()?, l1.shape().clone()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{D, DType, Device};
@@ -277,17 +325,5 @@ mod tests {
             assert_eq!(bits(&rope(&x, &cos, &sin).unwrap()), bits(&theirs));
             assert!(rope(&x, &cos, &sin.narrow(1, 0, 1).unwrap()).is_err() || size == 2);
         }
-    }
-
-    #[test]
-    fn gates_are_those_of_candle_s_operations() {
-        let [gate, up] = [(); 2].map(|()| Tensor::randn(0f32, 3.0, (2, 3, 9000), &Device::Cpu).unwrap());
-        let y = gated(&gate, &up).unwrap();
-        let exact = (gate.silu().unwrap() * &up).unwrap();
-        let error = (&y - &exact).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(error < 1e-5 && y.dims() == [2, 3, 9000], "{error}");
-        let strided = gated(&gate.transpose(0, 1).unwrap(), &up.transpose(0, 1).unwrap()).unwrap();
-        assert_eq!(strided.dims(), [3, 2, 9000]);
-        assert!(gated(&gate, &up.narrow(0, 0, 1).unwrap()).is_err());
     }
 }

@@ -6,10 +6,12 @@ mod compressed_linear;
 mod decode_layers;
 mod kquant_linear;
 mod place;
+mod pointwise;
 
-pub(crate) use attention::{causal_attention, gated, rope};
+pub(crate) use attention::{Held, attend_one, causal_attention, rope};
 pub use compressed_linear::{CompressedMatmul, PoolExecutor, compressed_linear, compressed_linears};
 pub use kquant_linear::{Blocks, KQuantMatmul, kquant_linear, kquant_linears};
+pub(crate) use pointwise::{Norm, gated};
 
 use candle_core::{DType, Device, Result, Tensor};
 

@@ -6,6 +6,7 @@ mod common;
 mod corrupt;
 mod decode;
 mod errors;
+mod generation;
 mod graph;
 mod kquant;
 mod layers;

@@ -1,0 +1,170 @@
+//! What stands between the products of a Llama and takes each value once: the gated activation, and a residual's sum with
+//! its norm.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, CustomOp3, bail};
+use candle_nn::RmsNorm;
+
+use super::PoolExecutor;
+use super::attention::{plain, values};
+use crate::cpu::softmax::silu_mul;
+use crate::cpu::{Backend, vectorize};
+use crate::matrix::run_parts;
+
+/// Values of a task of the gated activation.
+const VALUES: usize = 1 << 14;
+
+/// True if a GPU's kernels can compute with these: one dtype, and nothing differentiates them.
+fn on_gpu(tensors: &[&Tensor]) -> bool {
+    #[cfg(feature = "cuda")]
+    {
+        let first = tensors[0].dtype();
+        let ready = |t: &&Tensor| t.device().is_cuda() && t.dtype() == first && t.is_contiguous() && !t.track_op();
+        crate::cuda::takes(tensors[0]) && tensors.iter().all(ready)
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        _ = tensors;
+        false
+    }
+}
+
+/// `gate.silu() · up` of two tensors of one shape.
+///
+/// # Errors
+/// If the shapes differ.
+pub fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let ready = (plain(&[gate, up]) || on_gpu(&[gate, up]))
+        && gate.is_contiguous()
+        && up.is_contiguous()
+        && gate.shape() == up.shape();
+    if ready { gate.apply_op2_no_bwd(up, &Gated) } else { gate.silu()? * up }
+}
+
+struct Gated;
+
+impl CustomOp2 for Gated {
+    fn name(&self) -> &'static str {
+        "silu-mul"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let n = l1.shape().elem_count();
+        let (gate, up) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n]);
+        let backend = Backend::current()?;
+        let mut out = vec![0.0; n];
+        let parts = out.chunks_mut(VALUES).collect();
+        run_parts(&PoolExecutor, parts, |part, out| {
+            let range = part * VALUES..part * VALUES + out.len();
+            let (gate, up) = (&gate[range.clone()], &up[range]);
+            vectorize(
+                backend,
+                #[inline(always)]
+                || silu_mul(gate, up, out),
+            );
+            Ok(())
+        })?;
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, gate: &CudaStorage, l1: &Layout, up: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::gated((gate, l1), (up, l2))?, l1.shape().clone()))
+    }
+}
+
+/// The norm of a Llama's activations, `x / √(mean(x²) + epsilon) · weight`.
+#[derive(Clone, Debug)]
+pub(crate) struct Norm {
+    norm: RmsNorm,
+    #[cfg(feature = "cuda")]
+    weight: Tensor,
+    #[cfg(feature = "cuda")]
+    epsilon: f64,
+}
+
+impl Norm {
+    pub fn new(weight: Tensor, epsilon: f64) -> Norm {
+        Norm {
+            norm: RmsNorm::new(weight.clone(), epsilon),
+            #[cfg(feature = "cuda")]
+            weight,
+            #[cfg(feature = "cuda")]
+            epsilon,
+        }
+    }
+
+    /// `x + y` and its norm, in one launch on a GPU. The norm is that of the rounded sum.
+    pub fn add(&self, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if on_gpu(&[x, y, &self.weight]) && x.shape() == y.shape() && x.dims().last() == self.weight.dims().last() {
+            let both = x.apply_op3_no_bwd(y, &self.weight, &AddNorm(self.epsilon as f32))?;
+            return Ok((both.get(0)?, both.get(1)?));
+        }
+        let sum = (y + x)?;
+        let norm = self.norm.forward(&sum)?;
+        Ok((sum, norm))
+    }
+}
+
+impl Module for Norm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.norm.forward(x)
+    }
+}
+
+/// `x + y` and its norm, one after the other: `[2, …]`.
+#[cfg(feature = "cuda")]
+struct AddNorm(f32);
+
+#[cfg(feature = "cuda")]
+impl CustomOp3 for AddNorm {
+    fn name(&self) -> &'static str {
+        "add-rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("a sum with its norm has a kernel on GPUs only")
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        l1: &Layout,
+        y: &CudaStorage,
+        l2: &Layout,
+        weight: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let both = crate::cuda::add_norm((x, l1), (y, l2), (weight, l3), self.0)?;
+        Ok((both, Shape::from([&[2], l1.dims()].concat())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn gates_are_those_of_candle_s_operations() {
+        let [gate, up] = [(); 2].map(|()| Tensor::randn(0f32, 3.0, (2, 3, 9000), &Device::Cpu).unwrap());
+        let y = gated(&gate, &up).unwrap();
+        let exact = (gate.silu().unwrap() * &up).unwrap();
+        let error = (&y - &exact).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(error < 1e-5 && y.dims() == [2, 3, 9000], "{error}");
+        let strided = gated(&gate.transpose(0, 1).unwrap(), &up.transpose(0, 1).unwrap()).unwrap();
+        assert_eq!(strided.dims(), [3, 2, 9000]);
+        assert!(gated(&gate, &up.narrow(0, 0, 1).unwrap()).is_err());
+    }
+}
