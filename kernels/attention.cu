@@ -10,8 +10,9 @@
 //
 // Grid: splits of the positions, kv_heads * chunks (a chunk is the G queries of a kv head that a block takes), batch.
 // `lanes` threads, each with 8 values, hold a key; the block's groups of them take positions in turn, with a running
-// maximum and sum for each query (online softmax, Milakov and Gimelshein 2018). Groups are joined in shared memory, splits
-// in device memory by the block that comes last; both in one order, so that the result is the same from run to run.
+// maximum and sum for each query (online softmax, Milakov and Gimelshein 2018). Groups are joined in shared memory,
+// splits in device memory by the block that comes last; both in one order, so that the result is the same from run to
+// run.
 //
 // Budget: the cache is read once for each chunk: 2 * size values a position and kv head, at the memory's bandwidth from
 // some thousand positions on. Below that the launch and the chain of loads dominate, so spans are short (64 positions).
@@ -22,17 +23,18 @@ using namespace taper;
 struct Step {
   const void *q, *k, *v, *cos, *sin;
   void *keys, *values, *y;
-  float* partial;      // for each block: G queries of {maximum, sum, size values}
-  uint32_t* arrived;   // for each y and z of the grid: zero before and after
+  float* partial;     // for each block: G queries of {maximum, sum, size values}
+  uint32_t* arrived;  // for each y and z of the grid: zero before and after
   uint32_t heads, kv_heads, size, lanes, capacity, position, span;
-  float scale;         // of scores, times log2(e)
+  float scale;  // of scores, times log2(e)
 };
 
 constexpr int THREADS = 128, VALUES = 8;
 
 // Values `first` .. `first + 7` of a head, rotated by a position's angles.
 template <class T>
-__device__ __forceinline__ void rotated(const T* head, const T* cos, const T* sin, int size, int first, float (&out)[VALUES]) {
+__device__ __forceinline__ void rotated(const T* head, const T* cos, const T* sin, int size, int first,
+                                        float (&out)[VALUES]) {
   const int half = size / 2;
 #pragma unroll
   for (int j = 0; j < VALUES; j++) {
@@ -188,8 +190,10 @@ __device__ __forceinline__ void attend(const Step& s) {
   if (threadIdx.x == 0) s.arrived[place] = 0;
 }
 
-#define ATTEND(NAME, T, G) \
-  extern "C" __global__ void __launch_bounds__(THREADS) attend_##NAME##_##G(const __grid_constant__ Step s) { attend<T, G>(s); }
+#define ATTEND(NAME, T, G)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS) attend_##NAME##_##G(const __grid_constant__ Step s) { \
+    attend<T, G>(s);                                                                                          \
+  }
 #define ATTEND_ALL(NAME, T) ATTEND(NAME, T, 1) ATTEND(NAME, T, 2) ATTEND(NAME, T, 4) ATTEND(NAME, T, 8)
 ATTEND_ALL(bf16, __nv_bfloat16)
 ATTEND_ALL(f16, __half)

@@ -1,8 +1,9 @@
 // Eight activations of one type: loaded and stored in 16 bytes (two times 16 for f32), computed with as f32.
 #pragma once
-#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <cstdint>
 
 namespace taper {
 

@@ -14,9 +14,11 @@ __device__ __forceinline__ void gated(const T* gate, const T* up, T* y, uint64_t
   }
 }
 
-// A block for each row: z = x + y, then z / sqrt(mean(z^2) + epsilon) * weight. `out` has all rows of z, then all norms.
+// A block for each row: z = x + y, then z / sqrt(mean(z^2) + epsilon) * weight. `out` has all rows of z, then all
+// norms.
 template <class T>
-__device__ __forceinline__ void add_norm(const T* x, const T* y, const T* weight, T* out, uint32_t size, float epsilon) {
+__device__ __forceinline__ void add_norm(const T* x, const T* y, const T* weight, T* out, uint32_t size,
+                                         float epsilon) {
   __shared__ float sums[32];
   const uint64_t row = (uint64_t)blockIdx.x * size;
   T* const total = out + row;
