@@ -45,11 +45,12 @@ fn logits(tiny: &Tiny, dtype: DType, device: &Device, prompt: usize, steps: usiz
     all
 }
 
-/// The root mean square of the differences, relative to that of the expected values.
-fn error(values: &[f32], expected: &[f32]) -> f32 {
+/// The root mean square of all differences, relative to that of the expected values.
+fn error(values: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
+    let (values, expected) = (values.concat(), expected.concat());
     assert_eq!(values.len(), expected.len());
     let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
-    let difference = squares(&mut values.iter().zip(expected).map(|(v, e)| v - e));
+    let difference = squares(&mut values.iter().zip(&expected).map(|(v, e)| v - e));
     (difference / squares(&mut expected.iter().copied())).sqrt()
 }
 
@@ -72,19 +73,19 @@ fn steps_of_a_generation_equal_the_cpus() {
     for (heads, kv_heads, size) in shapes {
         let tiny = tiny(heads, kv_heads, size);
         // One position, spans of 64 and their borders, the cache's first growth.
-        for prompt in [1, 62, 127, 254] {
+        for prompt in [1, 63, 254] {
             let expected = logits(&tiny, DType::F32, &Device::Cpu, prompt, 4);
-            // 16 bits are rounded after every operation, on either side differently: some hundred roundings.
-            for (dtype, allowed) in [(DType::F32, 1e-4), (DType::BF16, 0.2), (DType::F16, 0.03)] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let all = logits(&tiny, dtype, &device, prompt, 4);
-                for (step, (values, expected)) in all.iter().zip(&expected).enumerate() {
-                    let error = error(values, expected);
-                    assert!(
-                        error < allowed,
-                        "{heads}/{kv_heads} heads of {size}, {dtype:?}, {prompt} + {step}: {error}"
-                    );
-                }
-                assert!(all == logits(&tiny, dtype, &device, prompt, 4), "the same bits from run to run");
+                // 16 bits are rounded after every operation: the CPU's candle says how much that may change.
+                let allowed = match dtype {
+                    DType::F32 => 1e-4,
+                    _ => 2.0 * error(&logits(&tiny, dtype, &Device::Cpu, prompt, 4), &expected),
+                };
+                let error = error(&all, &expected);
+                let what = format!("{heads}/{kv_heads} heads of {size}, {dtype:?}, after {prompt}");
+                assert!(error < allowed, "{what}: {error}, allowed {allowed}");
+                assert!(all == logits(&tiny, dtype, &device, prompt, 4), "{what}: not the same bits again");
             }
         }
     }
