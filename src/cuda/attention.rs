@@ -1,16 +1,16 @@
 //! One token's rotation, place in the cache and attention, in one launch: `kernels/attention.cu`.
 #![allow(unsafe_code)]
 
-use candle_core::cuda_backend::{CudaStorageSlice, cudarc};
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Tensor};
-use cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-};
-use half::{bf16, f16};
 use std::sync::Arc;
 
-use super::kernels::{Kernels, driver, function, out_of_memory};
-use super::memory::{Element, contiguous};
+use candle_core::CudaStorage;
+use candle_core::cuda_backend::{CudaStorageSlice, cudarc};
+use cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use half::{bf16, f16};
+
+use super::kernels::{Kernels, driver, function};
+use super::memory::{Element, Part, alloc, view};
+use super::packed::kind_of;
 use crate::{Error, Result};
 
 /// Threads of a block.
@@ -19,7 +19,7 @@ const THREADS: usize = 128;
 const VALUES: usize = 8;
 /// Queries that a block takes at once.
 const CHUNKS: [usize; 4] = [1, 2, 4, 8];
-/// The dtypes by the names of their kernels.
+/// The dtypes by the names of their kernels, in the order of `kind_of`.
 const NAMES: [&str; 3] = ["bf16", "f16", "f32"];
 /// Positions of a block at least.
 const SPAN: usize = 64;
@@ -68,9 +68,6 @@ struct Step {
 unsafe impl DeviceRepr for Step {}
 const _: () = assert!(size_of::<Step>() == 112);
 
-/// A tensor's memory and layout.
-pub(crate) type Part<'a> = (&'a CudaStorage, &'a Layout);
-
 /// What attention takes for one token of each sequence. All have one dtype and are contiguous.
 pub(crate) struct OneToken<'a> {
     /// Queries `[batch, 1, heads * size]`, not rotated.
@@ -99,14 +96,14 @@ impl OneToken<'_> {
     /// If shapes, dtypes or devices do not fit, or a launch fails.
     pub fn attend(&self) -> Result<CudaStorage> {
         match &self.q.0.slice {
-            CudaStorageSlice::BF16(_) => self.run::<bf16>(0),
-            CudaStorageSlice::F16(_) => self.run::<f16>(1),
-            CudaStorageSlice::F32(_) => self.run::<f32>(2),
+            CudaStorageSlice::BF16(_) => self.run::<bf16>(),
+            CudaStorageSlice::F16(_) => self.run::<f16>(),
+            CudaStorageSlice::F32(_) => self.run::<f32>(),
             _ => Err(Error::Unsupported("attention in another dtype than f32, bf16 and f16".into())),
         }
     }
 
-    fn run<T: Element>(&self, dtype: usize) -> Result<CudaStorage> {
+    fn run<T: Element>(&self) -> Result<CudaStorage> {
         let device = &self.q.0.device;
         let wrong = || {
             let dims =
@@ -133,7 +130,7 @@ impl OneToken<'_> {
             return Err(wrong());
         }
         if batch == 0 {
-            return Ok(CudaStorage::wrap_cuda_slice(alloc::<T>(device, 0)?, device.clone()));
+            return Ok(CudaStorage::wrap_cuda_slice(alloc::<T>(device, 0, "activations")?, device.clone()));
         }
         let kernels = Kernels::of(device)?;
         let shared = heads / kv_heads;
@@ -150,7 +147,7 @@ impl OneToken<'_> {
             block_dim: (THREADS as u32, 1, 1),
             shared_mem_bytes: (THREADS / lanes * line * 4) as u32,
         };
-        let mut y = alloc::<T>(device, batch * heads * size)?;
+        let mut y = alloc::<T>(device, batch * heads * size, "activations")?;
         let stream = device.cuda_stream();
         let view = |part: Part| view::<T>(device, part).map(|view| view.device_ptr(&stream).0);
         let [q, k, v] = [view(self.q)?, view(self.k)?, view(self.v)?];
@@ -186,7 +183,7 @@ impl OneToken<'_> {
                 span,
                 scale,
             };
-            let mut launch = stream.launch_builder(&kernels.attention.0[dtype][index]);
+            let mut launch = stream.launch_builder(&kernels.attention.0[kind_of(T::DTYPE) as usize][index]);
             launch.arg(&step);
             // SAFETY: all tensors have the shapes that the kernel takes them for, as checked above; the cache is written at
             // `position` only, which is within it, and on the stream that orders all work on it.
@@ -195,39 +192,4 @@ impl OneToken<'_> {
         })?;
         Ok(CudaStorage::wrap_cuda_slice(y, device.clone()))
     }
-}
-
-/// Memory that is written before it is read.
-pub(super) fn alloc<T: Element>(device: &CudaDevice, length: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: the kernels that it is handed to write all of it.
-    let memory = unsafe { device.alloc::<T>(length) };
-    memory.map_err(|e| out_of_memory(e, length * size_of::<T>(), "activations"))
-}
-
-/// A contiguous tensor's values, if they have that dtype and lie on the device.
-pub(super) fn view<'a, T: Element>(device: &CudaDevice, (storage, layout): Part<'a>) -> Result<CudaView<'a, T>> {
-    if storage.device.id() != device.id() {
-        return Err(Error::Invalid("tensors on different devices".into()));
-    }
-    Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
-}
-
-/// The kernels of a device, loaded: they stay so for as long as this is held.
-#[derive(Clone, Debug)]
-pub struct LoadedKernels(#[allow(dead_code)] Arc<Kernels>);
-
-impl LoadedKernels {
-    /// Loads them if no weight has.
-    ///
-    /// # Errors
-    /// If the GPU is older than compute capability 8.0, or its driver cannot load the kernels.
-    pub fn of(device: &CudaDevice) -> Result<LoadedKernels> {
-        Kernels::of(device).map(LoadedKernels)
-    }
-}
-
-/// Whether the kernels of this file and of `pointwise.rs` run where a tensor is, and take its dtype.
-pub(crate) fn takes(tensor: &Tensor) -> bool {
-    let Device::Cuda(device) = tensor.device() else { return false };
-    matches!(tensor.dtype(), DType::BF16 | DType::F16 | DType::F32) && Kernels::of(device).is_ok()
 }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
+use candle_core::{CudaDevice, DType, Device, Tensor};
 use cudarc::driver::sys::{CUdevice_attribute as Property, CUfunction_attribute_enum as Attribute};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
@@ -153,6 +153,26 @@ impl Kernels {
         let kernels = list.iter().find(|(of, _)| *of == family);
         kernels.map(|(_, kernels)| kernels).ok_or_else(|| Error::Unsupported(format!("no kernels for {family:?}")))
     }
+}
+
+/// The kernels of a device, loaded: they stay so for as long as this is held.
+#[derive(Clone, Debug)]
+pub struct LoadedKernels(#[allow(dead_code)] Arc<Kernels>);
+
+impl LoadedKernels {
+    /// Loads them if no weight has.
+    ///
+    /// # Errors
+    /// If the GPU is older than compute capability 8.0, or its driver cannot load the kernels.
+    pub fn of(device: &CudaDevice) -> Result<LoadedKernels> {
+        Kernels::of(device).map(LoadedKernels)
+    }
+}
+
+/// Whether there are kernels where a tensor is, which take its dtype.
+pub(crate) fn takes(tensor: &Tensor) -> bool {
+    let Device::Cuda(device) = tensor.device() else { return false };
+    matches!(tensor.dtype(), DType::BF16 | DType::F16 | DType::F32) && Kernels::of(device).is_ok()
 }
 
 /// A kernel, and how much dynamic shared memory its blocks may ask for, of `most` bytes that a block may have.

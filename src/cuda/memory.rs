@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
-use candle_core::Layout;
 use candle_core::cuda_backend::{CudaDType, cudarc};
+use candle_core::{CudaDevice, CudaStorage, Layout};
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr};
 use half::{bf16, f16};
 
+use super::kernels::out_of_memory;
 use crate::codec::{Dtype, TILE};
 use crate::{Error, Result};
 
@@ -31,6 +32,24 @@ pub(super) fn contiguous(layout: &Layout) -> Result<Range<usize>> {
         return Err(Error::Invalid("the input is not contiguous".into()));
     };
     Ok(start..end)
+}
+
+/// A tensor's memory and layout.
+pub(crate) type Part<'a> = (&'a CudaStorage, &'a Layout);
+
+/// A contiguous tensor's values, if they have that dtype and lie on the device.
+pub(super) fn view<'a, T: Element>(device: &CudaDevice, (storage, layout): Part<'a>) -> Result<CudaView<'a, T>> {
+    if storage.device.id() != device.id() {
+        return Err(Error::Invalid("tensors on different devices".into()));
+    }
+    Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
+}
+
+/// Memory that is written before it is read.
+pub(super) fn alloc<T: DeviceRepr>(device: &CudaDevice, length: usize, what: &str) -> Result<CudaSlice<T>> {
+    // SAFETY: whoever asks for it writes all of it before anyone reads.
+    let memory = unsafe { device.alloc::<T>(length) };
+    memory.map_err(|e| out_of_memory(e, length * size_of::<T>(), what))
 }
 
 /// The bytes of typed memory.

@@ -50,11 +50,12 @@ mod scratch;
 mod upload;
 mod weight;
 
-pub use attention::LoadedKernels;
-pub(crate) use attention::{OneToken, attends_to, takes};
+pub(crate) use attention::{OneToken, attends_to};
 pub use bandwidth::GpuTimer;
 pub use choose::set_measuring;
 pub use decode::DeviceStream;
+pub use kernels::LoadedKernels;
+pub(crate) use kernels::takes;
 pub use launch::set_programmatic_launch;
 pub use layers::decode_layers;
 pub use memory_use::MemoryUse;

@@ -13,8 +13,8 @@ use super::choose::{self, Choice};
 use super::decode::DeviceStream;
 use super::dtype_of;
 use super::form::Form;
-use super::kernels::{Kernels, driver, no_room, out_of_memory};
-use super::memory::{Element, bytes_mut, contiguous, rows_within};
+use super::kernels::{Kernels, driver, no_room};
+use super::memory::{self, Element, bytes_mut, contiguous, rows_within};
 use super::packed::Fused;
 use super::packing::Scales;
 use super::scratch::WORKSPACE;
@@ -310,9 +310,7 @@ impl CudaWeight {
     }
 
     pub(super) fn alloc<T: DeviceRepr>(&self, length: usize, what: &str) -> Result<CudaSlice<T>> {
-        // SAFETY: whoever asks for it writes all of it before anyone reads.
-        let memory = unsafe { self.device().alloc::<T>(length) };
-        memory.map_err(|e| out_of_memory(e, length * size_of::<T>(), what))
+        memory::alloc(self.device(), length, what)
     }
 
     pub(super) fn expect_device(&self, x: &CudaStorage) -> Result<()> {
