@@ -58,6 +58,7 @@ pub use kernels::LoadedKernels;
 pub(crate) use kernels::takes;
 pub use launch::set_programmatic_launch;
 pub use layers::decode_layers;
+pub(crate) use memory::Part;
 pub use memory_use::MemoryUse;
 pub(crate) use pointwise::{add_norm, gated};
 pub use weight::CudaWeight;

@@ -3,8 +3,6 @@
 
 use std::cell::RefCell;
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::PoolExecutor;
@@ -219,61 +217,14 @@ pub(crate) fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor, held: Held, positio
             t.device().is_cuda() && t.dtype() == q.dtype() && t.is_contiguous() && !t.track_op() && aligned(t)
         };
         if crate::cuda::takes(q) && crate::cuda::attends_to(size) && all.iter().all(plain) {
-            return q.apply_op3_no_bwd(k, v, &One(held, position)).map(Some);
+            let attend = |[q, k, v, keys, values, cos, sin]: [crate::cuda::Part; 7]| {
+                crate::cuda::OneToken { q, k, v, keys, values, cos, sin, position }.attend()
+            };
+            return super::on_gpu(all, q.shape(), attend).map(Some);
         }
     }
     _ = (q, k, v, held.keys, held.values, held.cos, held.sin, position);
     Ok(None)
-}
-
-/// Attention of one token.
-#[cfg(feature = "cuda")]
-struct One<'a>(Held<'a>, usize);
-
-#[cfg(feature = "cuda")]
-impl CustomOp3 for One<'_> {
-    fn name(&self) -> &'static str {
-        "attention-of-one"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("attention of one token has a kernel on GPUs only")
-    }
-
-    fn cuda_fwd(
-        &self,
-        q: &CudaStorage,
-        l1: &Layout,
-        k: &CudaStorage,
-        l2: &Layout,
-        v: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        use candle_core::Storage::Cuda;
-        let Held { keys, values, cos, sin } = &self.0;
-        let [keys, values, cos, sin] = [keys, values, cos, sin].map(|tensor| tensor.storage_and_layout());
-        let parts = (&*keys.0, &*values.0, &*cos.0, &*sin.0);
-        let (Cuda(s1), Cuda(s2), Cuda(s3), Cuda(s4)) = parts else { bail!("attention: the cache is not on the GPU") };
-        let step = crate::cuda::OneToken {
-            q: (q, l1),
-            k: (k, l2),
-            v: (v, l3),
-            keys: (s1, keys.1),
-            values: (s2, values.1),
-            cos: (s3, cos.1),
-            sin: (s4, sin.1),
-            position: self.1,
-        };
-        Ok((step.attend()?, l1.shape().clone()))
-    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,29 @@ impl From<crate::Error> for candle_core::Error {
     }
 }
 
+/// What `work` makes of tensors in a GPU's memory, which nothing differentiates: a tensor of that shape.
+///
+/// # Errors
+/// `work`'s, or if a tensor is not on a GPU.
+#[cfg(feature = "cuda")]
+fn on_gpu<const N: usize>(
+    tensors: [&Tensor; N],
+    shape: impl Into<candle_core::Shape>,
+    work: impl FnOnce([crate::cuda::Part; N]) -> crate::Result<candle_core::CudaStorage>,
+) -> Result<Tensor> {
+    use candle_core::Storage::Cuda;
+    let held = tensors.map(Tensor::storage_and_layout);
+    if held.iter().any(|(storage, _)| !matches!(**storage, Cuda(_))) {
+        candle_core::bail!("tensors on the CPU for a kernel of a GPU")
+    }
+    let parts = held.each_ref().map(|(storage, layout)| match &**storage {
+        Cuda(storage) => (storage, *layout),
+        _ => unreachable!("checked above"),
+    });
+    let made = Cuda(work(parts)?);
+    Ok(Tensor::from_storage(made, shape, candle_core::op::BackpropOp::none(), false))
+}
+
 /// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.
 pub(crate) fn bytes_to_tensor(bytes: &[u8], dtype: Dtype, shape: (usize, usize)) -> Result<Tensor> {
     let candle = match dtype {

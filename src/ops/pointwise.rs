@@ -1,9 +1,9 @@
 //! What stands between the products of a Llama and takes each value once: the gated activation, and a residual's sum with
 //! its norm.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor};
 #[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, CustomOp3, bail};
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor};
 use candle_nn::RmsNorm;
 
 use super::PoolExecutor;
@@ -16,7 +16,7 @@ use crate::matrix::run_parts;
 const VALUES: usize = 1 << 14;
 
 /// True if a GPU's kernels can compute with these: one dtype, and nothing differentiates them.
-fn on_gpu(tensors: &[&Tensor]) -> bool {
+fn takes(tensors: &[&Tensor]) -> bool {
     #[cfg(feature = "cuda")]
     {
         let first = tensors[0].dtype();
@@ -35,7 +35,7 @@ fn on_gpu(tensors: &[&Tensor]) -> bool {
 /// # Errors
 /// If the shapes differ.
 pub fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let ready = (plain(&[gate, up]) || on_gpu(&[gate, up]))
+    let ready = (plain(&[gate, up]) || takes(&[gate, up]))
         && gate.is_contiguous()
         && up.is_contiguous()
         && gate.shape() == up.shape();
@@ -98,8 +98,12 @@ impl Norm {
     /// `x + y` and its norm, in one launch on a GPU. The norm is that of the rounded sum.
     pub fn add(&self, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
-        if on_gpu(&[x, y, &self.weight]) && x.shape() == y.shape() && x.dims().last() == self.weight.dims().last() {
-            let both = x.apply_op3_no_bwd(y, &self.weight, &AddNorm(self.epsilon as f32))?;
+        if takes(&[x, y, &self.weight]) && x.shape() == y.shape() && x.dims().last() == self.weight.dims().last() {
+            // One after the other.
+            let shape = [&[2], x.dims()].concat();
+            let both = super::on_gpu([x, y, &self.weight], shape, |[x, y, weight]| {
+                crate::cuda::add_norm(x, y, weight, self.epsilon as f32)
+            })?;
             return Ok((both.get(0)?, both.get(1)?));
         }
         let sum = (y + x)?;
@@ -111,42 +115,6 @@ impl Norm {
 impl Module for Norm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.norm.forward(x)
-    }
-}
-
-/// `x + y` and its norm, one after the other: `[2, …]`.
-#[cfg(feature = "cuda")]
-struct AddNorm(f32);
-
-#[cfg(feature = "cuda")]
-impl CustomOp3 for AddNorm {
-    fn name(&self) -> &'static str {
-        "add-rms-norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("a sum with its norm has a kernel on GPUs only")
-    }
-
-    fn cuda_fwd(
-        &self,
-        x: &CudaStorage,
-        l1: &Layout,
-        y: &CudaStorage,
-        l2: &Layout,
-        weight: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let both = crate::cuda::add_norm((x, l1), (y, l2), (weight, l3), self.0)?;
-        Ok((both, Shape::from([&[2], l1.dims()].concat())))
     }
 }
 
