@@ -32,7 +32,7 @@ fn on_gpu(device: &CudaDevice, stream: &DeviceStream, rows: std::ops::Range<usiz
 }
 
 /// Compares whole matrices and some rows in every dtype.
-fn check(device: &Device, bytes: &[u8], what: &str) {
+pub fn check(device: &Device, bytes: &[u8], what: &str) {
     let device = cuda(device);
     let parsed = TileStream::parse_with(bytes, Checks::Off).unwrap();
     let matrix = CompressedMatrix::from_stream(parsed.clone()).unwrap();

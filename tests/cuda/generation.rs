@@ -7,7 +7,7 @@ use crate::common::llama::{Tiny, VOCAB};
 use crate::gpu;
 
 /// A tiny Llama with heads of `size` values.
-fn tiny(heads: usize, kv_heads: usize, size: usize) -> Tiny {
+pub fn tiny(heads: usize, kv_heads: usize, size: usize) -> Tiny {
     let mut tiny = Tiny::new();
     let hidden = heads * size;
     for (key, value) in [("hidden_size", hidden), ("num_attention_heads", heads), ("num_key_value_heads", kv_heads)] {
@@ -24,7 +24,7 @@ fn tiny(heads: usize, kv_heads: usize, size: usize) -> Tiny {
 }
 
 /// Logits of two sequences after a prompt of `prompt` tokens, and after each of `steps` more.
-fn logits(tiny: &Tiny, dtype: DType, device: &Device, prompt: usize, steps: usize) -> Vec<Vec<f32>> {
+pub fn logits(tiny: &Tiny, dtype: DType, device: &Device, prompt: usize, steps: usize) -> Vec<Vec<f32>> {
     let llama = DenseLlama::from_pretrained(tiny.path(), dtype, device).unwrap();
     let mut cache = llama.new_cache(true).unwrap();
     let ids = |first: usize, count: usize| {

@@ -16,15 +16,15 @@ use crate::products::activations;
 use crate::{captured_and_replayed, gpu, values, whole_gpu};
 
 /// A matrix of random blocks: the file's bytes, and what they stand for.
-struct Matrix {
-    ty: GgmlType,
-    shape: [usize; 2],
-    data: Vec<u8>,
-    values: Vec<f32>,
+pub struct Matrix {
+    pub ty: GgmlType,
+    pub shape: [usize; 2],
+    pub data: Vec<u8>,
+    pub values: Vec<f32>,
 }
 
 impl Matrix {
-    fn new(ty: GgmlType, rows: usize, cols: usize, seed: u64) -> Matrix {
+    pub fn new(ty: GgmlType, rows: usize, cols: usize, seed: u64) -> Matrix {
         // Blocks of 32 do not need multiples of 256.
         let cols = if ty.block_len() < 256 && cols > 256 { cols - 32 } else { cols };
         Matrix::of(ty, [rows, cols], blocks(ty, rows * cols, seed))
@@ -40,7 +40,7 @@ impl Matrix {
         make(&Blocks { ty: self.ty, shape: self.shape, data: &self.data, order: &|row| row, done: &|_| () })
     }
 
-    fn linear(&self, device: &Device) -> KQuantLinear {
+    pub fn linear(&self, device: &Device) -> KQuantLinear {
         self.with(|blocks| KQuantLinear::on(blocks, None, device)).unwrap()
     }
 }
@@ -87,7 +87,7 @@ fn rows_equal_the_cpus() {
 }
 
 /// Multiplies twice, compares both with each other and with the reference.
-fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DType) {
+pub fn check(device: &Device, layer: &KQuantLinear, w: &Matrix, x: &[f32], dtype: DType) {
     let [rows, cols] = w.shape;
     let m = x.len() / cols;
     let what = format!("{} {rows}x{cols}, {m} rows of {dtype:?}", w.ty);

@@ -13,6 +13,7 @@ mod layers;
 mod load;
 mod model;
 mod products;
+mod small;
 
 use std::ops::Deref;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

@@ -79,7 +79,7 @@ fn close(got: &[f32], x: &[f32], w: &Matrix, dtype: DType, fused: bool, rounding
 }
 
 /// Multiplies twice, compares both with each other and with the reference.
-fn check(device: &Device, layer: &CompressedLinear, w: &Matrix, x: &[f32], m: usize, dtype: DType, what: &str) {
+pub fn check(device: &Device, layer: &CompressedLinear, w: &Matrix, x: &[f32], m: usize, dtype: DType, what: &str) {
     let tensor = Tensor::from_slice(x, (m, w.cols), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     let tensor = tensor.to_device(device).unwrap();
     let run = || {

@@ -1,0 +1,126 @@
+//! Every kernel once, on matrices as small as it can take: what compute-sanitizer is given (README, "Tests on a GPU"), as
+//! its tools need minutes for one second of the other tests.
+
+use candle_core::{DType, Module, Tensor};
+use candle_taper::codec::kquant::GgmlType;
+use candle_taper::matrix::GpuLayout;
+use candle_taper::nn::CompressedLinear;
+use candle_taper::{Codec, Dtype, Options, ScaleLayout, Stage, compress};
+
+use crate::common::int4::{FORMATS, Packed};
+use crate::common::kquant::QUANTIZED;
+use crate::common::{Shape, weights};
+use crate::products::{LAYOUTS, activations, check, matrix};
+use crate::{captured_and_replayed, decode, generation, gpu, kquant, whole_gpu};
+
+/// Rows of activations, one for each kernel: registers, two widths of rings, wide products, warpgroups.
+const ROWS: [usize; 5] = [1, 7, 16, 24, 40];
+/// Rows that are multiplied by cuBLAS, whose writes initcheck does not see and calls missing.
+const MANY: usize = 70;
+
+#[test]
+fn products() {
+    let Some(device) = gpu() else { return };
+    let quantised = |codec, scale| Options { codec, scale, ..Options::default() };
+    let cases = [
+        // With repairs; with levels, in whole tiles of columns, which streams at rest have kernels of their own for.
+        (Dtype::Bf16, Shape::StudentT, 40, 520, Options::default()),
+        (Dtype::Bf16, Shape::Scaled, 72, 512, Options::default()),
+        (Dtype::F32, Shape::Gaussian, 20, 200, Options::default()),
+        (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Row))),
+        (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Tile))),
+        (Dtype::Bf16, Shape::Smooth, 40, 520, quantised(Codec::Rate { bits: 4.0 }, None)),
+    ];
+    for (dtype, shape, rows, cols, options) in cases {
+        let w = matrix(shape, dtype, rows, cols, &options);
+        for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Integers, GpuLayout::Rans] {
+            let Ok(layer) = CompressedLinear::on(w.weight.clone(), None, &device, layout) else { continue };
+            // Of rows at rest more are decoded for cuBLAS.
+            for &m in if layout == GpuLayout::Rans { &ROWS[..1] } else { &ROWS[..] } {
+                let what = format!("{dtype:?} {shape:?} {layout:?} m={m}");
+                check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
+            }
+            check(&device, &layer, &w, &activations(2, cols, 1), 2, DType::F32, &format!("{dtype:?} {layout:?} F32"));
+        }
+    }
+}
+
+#[test]
+fn kquants() {
+    let Some(device) = gpu() else { return };
+    for ty in QUANTIZED.into_iter().chain([GgmlType::Q8_K]) {
+        let matrix = kquant::Matrix::new(ty, 40, 768, 7);
+        let layer = matrix.linear(&device);
+        for m in ROWS {
+            kquant::check(&device, &layer, &matrix, &activations(m, matrix.shape[1], 1), DType::BF16);
+        }
+    }
+    let packed = Packed::new(FORMATS[0], 40, 640, 128, false);
+    let layer = packed.linear(&device);
+    let matrix = kquant::Matrix { ty: GgmlType::Int4G128, shape: packed.shape, data: vec![], values: packed.values };
+    for m in ROWS {
+        kquant::check(&device, &layer, &matrix, &activations(m, 640, 1), DType::BF16);
+    }
+}
+
+#[test]
+fn many_rows() {
+    let Some(device) = gpu() else { return };
+    let w = matrix(Shape::StudentT, Dtype::Bf16, 40, 520, &Options::default());
+    for layout in LAYOUTS {
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
+        check(&device, &layer, &w, &activations(MANY, 520, 1), MANY, DType::BF16, &format!("{layout:?}"));
+    }
+    let matrix = kquant::Matrix::new(GgmlType::Q4_K, 40, 768, 7);
+    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::BF16);
+}
+
+#[test]
+fn decoding() {
+    let Some(device) = gpu() else { return };
+    for (dtype, codec) in [
+        (Dtype::Bf16, Codec::Lossless),
+        (Dtype::F32, Codec::Lossless),
+        (Dtype::I8, Codec::Lossless),
+        (Dtype::Bf16, Codec::Int8),
+        (Dtype::Bf16, Codec::Rate { bits: 3.0 }),
+    ] {
+        let chosen_rate = matches!(codec, Codec::Rate { .. });
+        for stage in [Stage::Rans, Stage::Fixed12, Stage::Fixed11] {
+            if chosen_rate && stage != Stage::Rans {
+                continue;
+            }
+            for cols in [270, 512] {
+                let data = weights(Shape::StudentT, dtype, 70, cols, 1);
+                let stream = compress(&data, dtype, 70, cols, &Options { codec, stage, ..Options::default() }).unwrap();
+                decode::check(&device, &stream, &format!("{dtype:?} {codec:?} {stage:?} {cols}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn generations() {
+    let Some(device) = gpu() else { return };
+    let tiny = generation::tiny(8, 2, 16);
+    // Positions in one span, in several that meet, and in a cache that grows.
+    for (prompt, dtype) in [(1, DType::BF16), (70, DType::F32), (254, DType::BF16)] {
+        let all = generation::logits(&tiny, dtype, &device, prompt, 3);
+        assert!(all.concat().iter().all(|y| y.is_finite()), "{dtype:?} after {prompt}");
+    }
+}
+
+#[test]
+fn graphs() {
+    let Some(device) = whole_gpu() else { return };
+    let w = matrix(Shape::Scaled, Dtype::Bf16, 256, 256, &Options::default());
+    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
+        let [x, other] = [1, 2].map(|seed| {
+            let x = Tensor::from_vec(activations(2, 256, seed), (2, 256), &device).unwrap();
+            x.to_dtype(DType::BF16).unwrap()
+        });
+        let forward = |x: &Tensor| layer.forward(&layer.forward(x).unwrap()).unwrap();
+        captured_and_replayed(&device, [&x, &other], forward, &format!("{layout:?}"));
+    }
+}
