@@ -1,6 +1,6 @@
-//! What stands between a Llama's products: SiLU and softmax, written so that compilers turn them into vectors.
+//! What stands between a Llama's products: SiLU, softmax and RMSNorm, written so that compilers turn them into vectors.
 //!
-//! Both rest on one exponential function that is the same to the last bit on every backend: a power of two from the
+//! The first two rest on one exponential function that is the same to the last bit on every backend: a power of two from the
 //! exponent's bits times a polynomial on ±ln 2 / 2 (the coefficients of Cephes' `expf`; within 2 units in the last place).
 
 /// `exp(x)`, with `x` limited to ±87 so that the result is a normal number; NaN for NaN.
@@ -29,11 +29,30 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Lanes of their own let the compiler vectorise sums that it must not reorder.
+const LANES: usize = 16;
+
+/// `sum = x + y` and `norm = sum / √(mean(sum²) + epsilon) · weight`, for one row.
+#[inline(always)]
+pub fn add_norm(x: &[f32], y: &[f32], weight: &[f32], epsilon: f32, sum: &mut [f32], norm: &mut [f32]) {
+    for ((sum, &x), &y) in sum.iter_mut().zip(x).zip(y) {
+        *sum = x + y;
+    }
+    let (lanes, rest) = sum.as_chunks::<LANES>();
+    let mut squares = [0f32; LANES];
+    for lane in lanes {
+        squares.iter_mut().zip(lane).for_each(|(square, &v)| *square = v.mul_add(v, *square));
+    }
+    let squares = rest.iter().fold(squares.iter().sum::<f32>(), |square, &v| v.mul_add(v, square));
+    let root = (squares / sum.len() as f32 + epsilon).sqrt();
+    for ((norm, &sum), &weight) in norm.iter_mut().zip(sum.iter()).zip(weight) {
+        *norm = sum / root * weight;
+    }
+}
+
 /// Scores, multiplied by `scale` (above 0), become weights that add up to one.
 #[inline(always)]
 pub fn softmax(scores: &mut [f32], scale: f32) {
-    // Lanes of their own let the compiler vectorise what it must not reorder.
-    const LANES: usize = 16;
     let (lanes, rest) = scores.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
     for lane in lanes {

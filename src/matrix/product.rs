@@ -64,17 +64,18 @@ impl FirstError {
 }
 
 /// Runs a task for each part of an output; each has its part for itself.
-pub(crate) fn run_parts<T: Send>(
+pub(crate) fn run_parts<P: Send>(
     executor: &impl Executor,
-    parts: Vec<&mut [T]>,
-    task: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+    parts: Vec<P>,
+    task: impl Fn(usize, P) -> Result<()> + Sync,
 ) -> Result<()> {
-    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
+    let parts: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
     let error = FirstError::default();
     executor.run(parts.len(), &|index| {
-        // Each part is locked by its own task only; a poisoned lock means that one panicked before.
-        let mut part = parts[index].lock().unwrap_or_else(|e| e.into_inner());
-        error.note(index, task(index, &mut part));
+        // Each part is taken by its own task only; a poisoned lock means that one panicked before.
+        if let Some(part) = parts[index].lock().unwrap_or_else(|e| e.into_inner()).take() {
+            error.note(index, task(index, part));
+        }
     });
     error.result()
 }

@@ -3,12 +3,12 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Module, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::RmsNorm;
 
 use super::PoolExecutor;
 use super::attention::{plain, values};
-use crate::cpu::softmax::silu_mul;
+use crate::cpu::softmax::{add_norm, silu_mul};
 use crate::cpu::{Backend, vectorize};
 use crate::matrix::run_parts;
 
@@ -78,27 +78,25 @@ impl CustomOp2 for Gated {
 #[derive(Clone, Debug)]
 pub(crate) struct Norm {
     norm: RmsNorm,
-    #[cfg(feature = "cuda")]
     weight: Tensor,
-    #[cfg(feature = "cuda")]
     epsilon: f64,
 }
 
 impl Norm {
     pub fn new(weight: Tensor, epsilon: f64) -> Norm {
-        Norm {
-            norm: RmsNorm::new(weight.clone(), epsilon),
-            #[cfg(feature = "cuda")]
-            weight,
-            #[cfg(feature = "cuda")]
-            epsilon,
-        }
+        Norm { norm: RmsNorm::new(weight.clone(), epsilon), weight, epsilon }
     }
 
-    /// `x + y` and its norm, in one launch on a GPU. The norm is that of the rounded sum.
+    /// `x + y` and its norm, in one pass or launch. The norm is that of the rounded sum.
     pub fn add(&self, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
+        let all = [x, y, &self.weight];
+        let fits = x.shape() == y.shape() && x.dims().last() == self.weight.dims().last();
+        if fits && plain(&all) && all.iter().all(|t| t.is_contiguous()) {
+            let both = x.apply_op3_no_bwd(y, &self.weight, &AddNorm(self.epsilon as f32))?;
+            return Ok((both.get(0)?, both.get(1)?));
+        }
         #[cfg(feature = "cuda")]
-        if takes(&[x, y, &self.weight]) && x.shape() == y.shape() && x.dims().last() == self.weight.dims().last() {
+        if fits && takes(&all) {
             // One after the other.
             let shape = [&[2], x.dims()].concat();
             let both = super::on_gpu([x, y, &self.weight], shape, |[x, y, weight]| {
@@ -118,6 +116,45 @@ impl Module for Norm {
     }
 }
 
+/// The sum, then its norm.
+struct AddNorm(f32);
+
+impl CustomOp3 for AddNorm {
+    fn name(&self) -> &'static str {
+        "add-rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (n, width) = (l1.shape().elem_count(), l3.shape().elem_count());
+        let (x, y, weight) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n], &values(s3, l3)?[..width]);
+        let backend = Backend::current()?;
+        let mut out = vec![0.0; 2 * n];
+        let rows = width.max(1) * (VALUES / width.max(1)).max(1);
+        let (sums, norms) = out.split_at_mut(n);
+        let parts: Vec<_> = sums.chunks_mut(rows).zip(norms.chunks_mut(rows)).collect();
+        run_parts(&PoolExecutor, parts, |part, (sums, norms)| {
+            let at = part * rows;
+            let both = x[at..].chunks_exact(width).zip(y[at..].chunks_exact(width));
+            let out = sums.chunks_exact_mut(width).zip(norms.chunks_exact_mut(width));
+            vectorize(
+                backend,
+                #[inline(always)]
+                || both.zip(out).for_each(|((x, y), (sum, norm))| add_norm(x, y, weight, self.0, sum, norm)),
+            );
+            Ok(())
+        })?;
+        Ok((CpuStorage::F32(out), Shape::from([&[2], l1.dims()].concat())))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -134,5 +171,22 @@ mod tests {
         let strided = gated(&gate.transpose(0, 1).unwrap(), &up.transpose(0, 1).unwrap()).unwrap();
         assert_eq!(strided.dims(), [3, 2, 9000]);
         assert!(gated(&gate, &up.narrow(0, 0, 1).unwrap()).is_err());
+    }
+
+    #[test]
+    fn sums_and_norms_are_those_of_candle_s_operations() {
+        for (rows, width) in [(1, 1), (3, 70), (40, 1031), (0, 8)] {
+            let [x, y] = [(); 2].map(|()| Tensor::randn(0f32, 2.0, (rows, width), &Device::Cpu).unwrap());
+            let norm = Norm::new(Tensor::randn(1f32, 0.3, width, &Device::Cpu).unwrap(), 1e-5);
+            let (sum, normed) = norm.add(&x, &y).unwrap();
+            let exact = (&x + &y).unwrap();
+            let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(values(&sum), values(&exact));
+            let exact = norm.forward(&exact).unwrap();
+            assert_eq!(normed.dims(), exact.dims());
+            for (a, b) in values(&normed).into_iter().zip(values(&exact)) {
+                assert!((a - b).abs() <= 1e-5 * b.abs(), "{rows}x{width}: {a}, not {b}");
+            }
+        }
     }
 }
