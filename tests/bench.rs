@@ -94,6 +94,8 @@ fn ratios_are_plotted() {
     ] {
         let run = bench(&[&tiny[..], args].concat());
         assert!(!run.status.success() && String::from_utf8_lossy(&run.stderr).contains(cause), "{run:?}");
+        // What was measured is not lost with the plot; what cannot have one is not measured at all.
+        assert_eq!(String::from_utf8_lossy(&run.stdout).contains("rans"), cause == "os error", "{run:?}");
     }
 }
 

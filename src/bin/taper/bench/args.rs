@@ -65,7 +65,9 @@ pub struct BenchArgs {
     /// On a GPU, also time decoding layers to memory: one alone, and five at once
     #[arg(long, conflicts_with = "model")]
     pub decode: bool,
-    /// Also write a plot of the ratios to candle's layers against the rows of activations, as SVG
+    /// Also write a plot of how many times faster than the first of --stock our layers are, against the rows of
+    /// activations, as SVG: a panel for each shape, a line for each layer. It wants many --rows, such as
+    /// 1,2,4,8,16,32,64,128,256,512
     #[arg(long, value_name = "FILE", conflicts_with = "model")]
     pub plot: Option<PathBuf>,
     /// Tokens of the prompt that is read; 0 to time no prompt

@@ -32,6 +32,10 @@ pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
         return Ok(());
     }
     anyhow::ensure!(!args.decode || args.on_gpu(), "--decode: decoding to memory is timed on a GPU, see --device");
+    anyhow::ensure!(
+        args.plot.is_none() || !args.stocks(&["bf16"]).is_empty(),
+        "--plot: there are no ratios without --stock"
+    );
     let steps = Steps::new(quiet);
     let machine = Machine::here(args.activations().as_str(), &device)?;
     let (loads, groups) = if args.model.is_empty() {
@@ -41,10 +45,8 @@ pub fn run(args: &BenchArgs, quiet: bool) -> anyhow::Result<()> {
     };
     steps.finish();
     let report = Report { machine, loads, groups };
-    if let Some(file) = &args.plot {
-        plot::write(&report, file)?;
-    }
+    // First what took long: a plot that cannot be written must not lose it.
     let text = if args.json { report.json()? } else { report.table() };
     writeln!(std::io::stdout(), "{text}")?;
-    Ok(())
+    args.plot.as_ref().map_or(Ok(()), |file| plot::write(&report, file))
 }
