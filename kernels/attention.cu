@@ -9,6 +9,9 @@
 //   y           batch, heads, size
 //
 // Grid: splits of the positions, kv_heads * chunks (a chunk is the G queries of a kv head that a block takes), batch.
+// A graph that is replayed has splits for all that the cache has room for, and reads the position from memory: blocks
+// past the last split end at once. Which positions a split has depends on the capacity alone, so that the sums are the
+// same for every grid.
 // `lanes` threads, each with 8 values, hold a key; the block's groups of them take positions in turn, with a running
 // maximum and sum for each query (online softmax, Milakov and Gimelshein 2018). Groups are joined in shared memory,
 // splits in device memory by the block that comes last; both in one order, so that the result is the same from run to
@@ -16,7 +19,9 @@
 //
 // Budget: the cache is read once for each chunk: 2 * size values a position and kv head, at the memory's bandwidth from
 // some thousand positions on. Below that the launch and the chain of loads dominate, so spans are short (64 positions).
+// May be launched with programmatic stream serialisation.
 #include "elements.cuh"
+#include "ptx.cuh"
 
 using namespace taper;
 
@@ -25,6 +30,7 @@ struct Step {
   void *keys, *values, *y;
   float* partial;     // for each block: G queries of {maximum, sum, size values}
   uint32_t* arrived;  // for each y and z of the grid: zero before and after
+  const uint32_t* at;  // the position, if not null: complete before the kernel before this one began
   uint32_t heads, kv_heads, size, lanes, capacity, position, span;
   float scale;  // of scores, times log2(e)
 };
@@ -67,14 +73,18 @@ __device__ __forceinline__ void attend(const Step& s) {
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, first = lane * VALUES;
   const bool active = first < size;
   const uint32_t chunks = s.heads / s.kv_heads / G, kv = blockIdx.y / chunks, chunk = blockIdx.y % chunks;
-  const uint32_t batch = blockIdx.z, split = blockIdx.x, splits = gridDim.x;
+  const uint32_t newest = s.at ? *s.at : s.position;
+  const uint32_t batch = blockIdx.z, split = blockIdx.x, splits = newest / s.span + 1;
+  if (split >= splits) return;
+  let_next_kernel_start();
   const size_t head = (size_t)batch * s.heads + (size_t)kv * (s.heads / s.kv_heads) + chunk * G;
   const size_t kv_head = (size_t)batch * s.kv_heads + kv;
-  const T* const cos = (const T*)s.cos + (size_t)s.position * (size / 2);
-  const T* const sin = (const T*)s.sin + (size_t)s.position * (size / 2);
+  const T* const cos = (const T*)s.cos + (size_t)newest * (size / 2);
+  const T* const sin = (const T*)s.sin + (size_t)newest * (size / 2);
   T* const keys = (T*)s.keys + kv_head * s.capacity * size + first;
   T* const values = (T*)s.values + kv_head * s.capacity * size + first;
 
+  wait_for_previous_kernel();
   float q[G][VALUES] = {}, sums[G][VALUES] = {};
   Gathered gathered[G];
   if (active)
@@ -95,7 +105,7 @@ __device__ __forceinline__ void attend(const Step& s) {
     }
   };
 
-  const uint32_t begin = split * s.span, end = min(begin + s.span, s.position);
+  const uint32_t begin = split * s.span, end = min(begin + s.span, newest);
   // All threads of a warp take part in each round, as they exchange sums.
   for (uint32_t at = begin; at < end; at += groups) {
     const uint32_t position = at + group;
@@ -120,8 +130,8 @@ __device__ __forceinline__ void attend(const Step& s) {
     for (int j = 0; j < VALUES; j++) key.values[j] = narrowed<T>(k[j]), k[j] = key[j], v[j] = value[j];
     take(k, v, group == 0);
     if (group == 0 && active && chunk == 0) {
-      key.store(keys + (size_t)s.position * size);
-      value.store(values + (size_t)s.position * size);
+      key.store(keys + (size_t)newest * size);
+      value.store(values + (size_t)newest * size);
     }
   }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use candle_core::CudaStorage;
 use candle_core::cuda_backend::{CudaStorageSlice, cudarc};
-use cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DevicePtrMut};
 use half::{bf16, f16};
 
-use super::kernels::{Kernels, driver, function};
-use super::memory::{Element, Part, alloc, view};
+use super::kernels::{Kernels, function};
+use super::launch::{Grid, launch_with, programmatic};
+use super::memory::{Element, Part, alloc, place, view};
 use super::packed::kind_of;
 use crate::{Error, Result};
 
@@ -54,6 +55,7 @@ struct Step {
     y: u64,
     partial: u64,
     arrived: u64,
+    at: u64,
     heads: u32,
     kv_heads: u32,
     size: u32,
@@ -64,9 +66,7 @@ struct Step {
     scale: f32,
 }
 
-// SAFETY: plain numbers in C's layout, without padding.
-unsafe impl DeviceRepr for Step {}
-const _: () = assert!(size_of::<Step>() == 112);
+const _: () = assert!(size_of::<Step>() == 120);
 
 /// What attention takes for one token of each sequence. All have one dtype and are contiguous.
 pub(crate) struct OneToken<'a> {
@@ -82,6 +82,8 @@ pub(crate) struct OneToken<'a> {
     pub cos: Part<'a>,
     pub sin: Part<'a>,
     pub position: usize,
+    /// Where a graph finds the position whenever it is replayed: one U32.
+    pub at: Option<Part<'a>>,
 }
 
 /// Whether heads of `size` values can be taken.
@@ -137,15 +139,17 @@ impl OneToken<'_> {
         let index = CHUNKS.iter().rposition(|chunk| shared.is_multiple_of(*chunk)).unwrap_or(0);
         let chunk = CHUNKS[index];
         let (lanes, down) = ((size / VALUES).next_power_of_two(), kv_heads * (shared / chunk));
-        // As many blocks as keep the GPU busy, in spans that are worth one.
+        // As many blocks as keep the GPU busy with a full cache, in spans that are worth one.
         let most = (4 * kernels.processors / (batch * down)).max(1);
-        let span = SPAN.max((self.position + 1).div_ceil(most).next_multiple_of(SPAN));
-        let splits = (self.position + 1).div_ceil(span);
+        let span = SPAN.max(capacity.div_ceil(most).next_multiple_of(SPAN));
+        // A graph is replayed for any position that the cache has room for.
+        let most = capacity.div_ceil(span);
+        let splits = if self.at.is_some() { most } else { self.position / span + 1 };
         let line = chunk * (size + 2);
-        let config = LaunchConfig {
-            grid_dim: (splits as u32, down as u32, batch as u32),
-            block_dim: (THREADS as u32, 1, 1),
-            shared_mem_bytes: (THREADS / lanes * line * 4) as u32,
+        let grid = Grid {
+            blocks: [splits, down, batch].map(|n| n as u32),
+            threads: THREADS as u32,
+            shared: (THREADS / lanes * line * 4) as u32,
         };
         let mut y = alloc::<T>(device, batch * heads * size, "activations")?;
         let stream = device.cuda_stream();
@@ -155,7 +159,11 @@ impl OneToken<'_> {
         if [v, keys, values].iter().any(|at| !at.is_multiple_of(16)) {
             return Err(Error::Invalid("attention: keys and values must lie at multiples of 16 bytes".into()));
         }
-        let partial = if splits > 1 { batch * down * splits * line } else { 0 };
+        let at = match self.at {
+            Some((storage, layout)) => place(device, (storage, layout))?.device_ptr(&stream).0,
+            None => 0,
+        };
+        let partial = if most > 1 { batch * down * most * line } else { 0 };
         kernels.scratch.product(device, partial, batch * down, |partial, arrived| {
             let (y, _y) = y.device_ptr_mut(&stream);
             let (partial, _partial) = partial.device_ptr_mut(&stream);
@@ -174,6 +182,7 @@ impl OneToken<'_> {
                 y,
                 partial,
                 arrived,
+                at,
                 heads,
                 kv_heads,
                 size,
@@ -183,12 +192,10 @@ impl OneToken<'_> {
                 span,
                 scale,
             };
-            let mut launch = stream.launch_builder(&kernels.attention.0[kind_of(T::DTYPE) as usize][index]);
-            launch.arg(&step);
+            let function = &kernels.attention.0[kind_of(T::DTYPE) as usize][index];
             // SAFETY: all tensors have the shapes that the kernel takes them for, as checked above; the cache is written at
-            // `position` only, which is within it, and on the stream that orders all work on it.
-            driver(unsafe { launch.launch(config) })?;
-            Ok(())
+            // the position only, which is within it, and on the stream that orders all work on it.
+            unsafe { launch_with(&stream, function, grid, &[(&raw const step).cast()], programmatic(&kernels)) }
         })?;
         Ok(CudaStorage::wrap_cuda_slice(y, device.clone()))
     }

@@ -21,9 +21,14 @@ pub fn set_programmatic_launch(on: bool) {
     PROGRAMMATIC.store(on, Ordering::Relaxed);
 }
 
-/// Whether products are launched so on this GPU.
+/// What [`set_programmatic_launch`] was told last.
+pub(crate) fn programmatic_launch() -> bool {
+    PROGRAMMATIC.load(Ordering::Relaxed)
+}
+
+/// Whether kernels are launched so on this GPU.
 pub(super) fn programmatic(kernels: &Kernels) -> bool {
-    kernels.programmatic && PROGRAMMATIC.load(Ordering::Relaxed)
+    kernels.programmatic && programmatic_launch()
 }
 
 /// The grid of a product, and what it takes.
@@ -220,10 +225,10 @@ const SINGLE: usize = 6;
 /// Bytes of the table of layout `pair`, which each lane has for itself.
 pub(super) const PAIR_TABLE: usize = 256 * 128;
 
-/// The grid of a launch: blocks, threads of each, and their dynamic shared memory in bytes.
+/// The grid of a launch: blocks in each direction, threads of each, and their dynamic shared memory in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Grid {
-    pub blocks: u32,
+    pub blocks: [u32; 3],
     pub threads: u32,
     pub shared: u32,
 }
@@ -240,7 +245,7 @@ pub(super) unsafe fn launch<A: DeviceRepr>(
     programmatic: bool,
 ) -> Result<()> {
     let blocks = (shape.groups * shape.slabs) as u32;
-    let grid = Grid { blocks, threads: shape.threads, shared: shape.shared as u32 };
+    let grid = Grid { blocks: [blocks, 1, 1], threads: shape.threads, shared: shape.shared as u32 };
     // SAFETY: the caller's.
     unsafe { launch_with(stream, function, grid, &[(&raw const *argument).cast()], programmatic) }
 }
@@ -267,9 +272,9 @@ pub(super) unsafe fn launch_with(
         value,
     };
     let config = sys::CUlaunchConfig {
-        gridDimX: grid.blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
+        gridDimX: grid.blocks[0],
+        gridDimY: grid.blocks[1],
+        gridDimZ: grid.blocks[2],
         blockDimX: grid.threads,
         blockDimY: 1,
         blockDimZ: 1,

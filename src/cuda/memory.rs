@@ -8,6 +8,7 @@ use candle_core::{CudaDevice, CudaStorage, Layout};
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr};
 use half::{bf16, f16};
 
+use super::graph;
 use super::kernels::out_of_memory;
 use crate::codec::{Dtype, TILE};
 use crate::{Error, Result};
@@ -45,8 +46,20 @@ pub(super) fn view<'a, T: Element>(device: &CudaDevice, (storage, layout): Part<
     Ok(storage.as_cuda_slice::<T>()?.slice(contiguous(layout)?))
 }
 
-/// Memory that is written before it is read.
+/// The one U32 of a tensor, if it lies on the device.
+pub(super) fn place<'a>(device: &CudaDevice, (storage, layout): Part<'a>) -> Result<CudaView<'a, u32>> {
+    let range = contiguous(layout)?;
+    if storage.device.id() != device.id() || range.len() != 1 {
+        return Err(Error::Invalid("a position that is no single number on the device".into()));
+    }
+    Ok(storage.as_cuda_slice::<u32>()?.slice(range))
+}
+
+/// Memory that is written before it is read. It is a graph's own while one is captured.
 pub(super) fn alloc<T: DeviceRepr>(device: &CudaDevice, length: usize, what: &str) -> Result<CudaSlice<T>> {
+    if let Some(kept) = graph::alloc_kept(device, length) {
+        return kept;
+    }
     // SAFETY: whoever asks for it writes all of it before anyone reads.
     let memory = unsafe { device.alloc::<T>(length) };
     memory.map_err(|e| out_of_memory(e, length * size_of::<T>(), what))

@@ -84,7 +84,7 @@ fn grid(bands: usize, processors: usize, room: usize, each: usize) -> Option<Gri
     }
     let turns = bands.div_ceil(blocks * most);
     let warps = bands.div_ceil(blocks * turns).max(FEWEST);
-    Some(Grid { blocks: blocks as u32, threads: 32 * warps as u32, shared: (TABLES + warps * each) as u32 })
+    Some(Grid { blocks: [blocks as u32, 1, 1], threads: 32 * warps as u32, shared: (TABLES + warps * each) as u32 })
 }
 
 impl DeviceStream {
@@ -111,7 +111,7 @@ impl DeviceStream {
         let Some(grid) = grid(bands, kernels.processors, *room, RING).filter(|_| aligned) else { return Ok(false) };
         let (first, count, stride) = (rows.start as u32, rows.len() as u32, stride as u64);
         let config = LaunchConfig {
-            grid_dim: (grid.blocks, 1, 1),
+            grid_dim: grid.blocks.into(),
             block_dim: (grid.threads, 1, 1),
             shared_mem_bytes: grid.shared,
         };

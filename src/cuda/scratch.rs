@@ -79,11 +79,20 @@ impl Scratch {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { partials, arrived, .. } = &mut *state;
         if arrived.last().is_none_or(|held| held.len() < words) {
+            may_grow()?;
             arrived.push(device.alloc_zeros::<u32>(words.next_power_of_two().max(2 * self.processors))?);
         }
         let arrived = arrived.last_mut().ok_or_else(|| Error::Invalid("no scratch memory".into()))?;
         work(last(partials, device, partial, "partial sums")?, arrived)
     }
+}
+
+/// Memory of a graph that is being captured would not be there for others.
+fn may_grow() -> Result<()> {
+    if super::graph::capturing() {
+        return Err(Error::Unsupported("a CUDA graph of work that has not run before".into()));
+    }
+    Ok(())
 }
 
 /// The latest of the buffers, or a new one that is large enough.
@@ -95,6 +104,7 @@ fn last<'b, T: cudarc::driver::DeviceRepr>(
 ) -> Result<&'b mut CudaSlice<T>> {
     let held = buffers.last().map_or(0, |buffer| buffer.len());
     if buffers.is_empty() || held < length {
+        may_grow()?;
         // At least twice the last one, so that those that are kept are no more than the one in use.
         let length = length.max(2 * held).max(64);
         // SAFETY: whoever uses it writes what is read afterwards.

@@ -4,6 +4,7 @@ use std::f32::consts::PI;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use super::replay::Replay;
 use super::{Config, Llama3RopeType};
 use crate::ops::{Held, attend_one, rope};
 
@@ -27,6 +28,12 @@ pub struct Cache {
     rotations: Option<(Tensor, Tensor)>,
     dtype: DType,
     device: Device,
+    /// Counts how often buffers were replaced.
+    pub(super) generation: usize,
+    /// The step of a generation as a CUDA graph, where there is one.
+    pub(super) replay: Replay,
+    /// Where a graph that is being captured finds the position.
+    pub(super) at: Option<Tensor>,
     /// Kernels for attention stay loaded while the cache is there.
     #[cfg(feature = "cuda")]
     _kernels: Option<crate::cuda::LoadedKernels>,
@@ -52,6 +59,9 @@ impl Cache {
             rotations: None,
             dtype,
             device: device.clone(),
+            generation: 0,
+            replay: Replay::default(),
+            at: None,
             #[cfg(feature = "cuda")]
             _kernels: match device {
                 Device::Cuda(device) => crate::cuda::LoadedKernels::of(device).ok(),
@@ -70,6 +80,34 @@ impl Cache {
         }
         self.inv_freq.iter_mut().zip(factors).for_each(|(freq, factor)| *freq /= factor);
         Ok(self)
+    }
+
+    /// Lets steps of a generation, calls with one token for each sequence, run as a CUDA graph where that is possible: on a
+    /// GPU, in a model of this crate whose layers can be captured. It is off at first. The second step is captured and
+    /// replayed from then on, until the buffers grow or the cache is used with another model, thread or batch; then a step
+    /// is launched kernel by kernel, and the next one captured again. The logits are the same to the last bit. What cannot be
+    /// captured is launched as before.
+    ///
+    /// While a step is captured, which takes about a millisecond, no other thread of the process may wait for the whole GPU (as
+    /// `Device::new_cuda_with_stream` does), or enqueue work on the same stream.
+    pub fn with_cuda_graph(mut self, on: bool) -> Self {
+        self.set_cuda_graph(on);
+        self
+    }
+
+    /// As [`Cache::with_cuda_graph`]. A graph that was captured is let go.
+    pub fn set_cuda_graph(&mut self, on: bool) {
+        self.replay = Replay::new(on);
+    }
+
+    /// Steps that ran as a CUDA graph since [`Cache::set_cuda_graph`].
+    pub fn replayed(&self) -> usize {
+        self.replay.count()
+    }
+
+    /// Why steps of the model are launched kernel by kernel, if one could not be captured.
+    pub fn cuda_graph_refused(&self) -> Option<&str> {
+        self.replay.refused()
     }
 
     /// Forgets all positions; buffers stay for the next use.
@@ -127,6 +165,7 @@ impl Cache {
             let angles = Tensor::from_vec(angles.collect(), (rows, self.inv_freq.len()), &Device::Cpu)?;
             let ready = |table: Tensor| table.to_dtype(self.dtype)?.to_device(&self.device);
             self.rotations = Some((ready(angles.cos()?)?, ready(angles.sin()?)?));
+            self.generation += 1;
         }
         Ok(())
     }
@@ -173,7 +212,18 @@ impl Cache {
         }
         let (keys, values) = self.room(layer, position, (batch, kv_heads, 1, width / kv_heads), k)?;
         let Some((cos, sin)) = &self.rotations else { bail!("the cache was not prepared for this call") };
-        attend_one(q, k, v, Held { keys: &keys, values: &values, cos, sin }, position)
+        let held = Held { keys: &keys, values: &values, cos, sin, at: self.at.as_ref() };
+        match attend_one(q, k, v, held, position)? {
+            None if self.at.is_some() => bail!("attention of heads of {} values cannot be captured", width / kv_heads),
+            attended => Ok(attended),
+        }
+    }
+
+    /// True if a token at `position` needs no new buffers.
+    #[cfg(feature = "cuda")]
+    pub(super) fn has_room(&self, position: usize) -> bool {
+        let room = |buffer: &Tensor| buffer.dims().get(2).is_some_and(|&capacity| position < capacity);
+        self.layers.iter().all(|layer| layer.as_ref().is_some_and(|(keys, _)| room(keys)))
     }
 
     /// A layer's buffers, with room for keys and values of shape `[batch, kv_heads, tokens, head_dim]` at `position`, of the
@@ -199,6 +249,9 @@ impl Cache {
                      {heads} heads of {head_dim}; reset it first"
                 );
             }
+            if self.at.is_some() {
+                bail!("a cache that grows cannot be captured");
+            }
             let shape = (batch, heads, grown(end, self.context), head_dim);
             let grow = |old: Option<&Tensor>| -> Result<Tensor> {
                 let buffer = Tensor::zeros(shape, like.dtype(), like.device())?;
@@ -209,6 +262,7 @@ impl Cache {
             };
             let old = slot.as_ref();
             *slot = Some((grow(old.map(|kv| &kv.0))?, grow(old.map(|kv| &kv.1))?));
+            self.generation += 1;
         }
         let Some((keys, values)) = slot else { bail!("the cache lost layer {layer}") };
         Ok((keys.clone(), values.clone()))

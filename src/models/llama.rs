@@ -12,6 +12,7 @@
 //! ```
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
 
@@ -52,7 +53,12 @@ pub struct Llama<L, E> {
     dtype: DType,
     device: Device,
     notes: Vec<String>,
+    /// Of all models of the process, this one.
+    id: usize,
 }
+
+/// Models that were loaded so far.
+static LOADED: AtomicUsize = AtomicUsize::new(0);
 
 /// One layer.
 #[derive(Debug)]
@@ -145,6 +151,7 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
             dtype: weights.dtype(),
             device: weights.device().clone(),
             notes,
+            id: LOADED.fetch_add(1, Ordering::Relaxed),
         })
     }
 
@@ -182,9 +189,17 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
     /// memory of the CPU); if `position` is beyond what the cache holds, the context is full, or the batch is another
     /// one than in the cache.
     pub fn forward(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        match self.replay(tokens, position, cache)? {
+            Some(logits) => Ok(logits),
+            None => self.launch(tokens, position, cache),
+        }
+    }
+
+    /// As [`Llama::forward`], kernel by kernel.
+    pub(super) fn launch(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
         let x = self.hidden(tokens, position, cache)?;
         let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?;
-        self.logits(&last)
+        self.logits(&last)?.to_dtype(DType::F32)
     }
 
     /// The logits `[batch, tokens, vocab]` (F32) that follow each of `tokens`.
@@ -192,32 +207,51 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
     /// # Errors
     /// As [`Llama::forward`].
     pub fn forward_all(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
-        self.logits(&self.hidden(tokens, position, cache)?)
+        self.logits(&self.hidden(tokens, position, cache)?)?.to_dtype(DType::F32)
     }
 
-    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+    /// In the dtype of the activations.
+    pub(super) fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let _span = tracing::trace_span!("lm_head").entered();
-        self.lm_head.forward(x)?.to_dtype(DType::F32)
+        self.lm_head.forward(x)
+    }
+
+    /// Which of all models of the process this is.
+    #[cfg(feature = "cuda")]
+    pub(super) fn id(&self) -> usize {
+        self.id
     }
 
     /// Normed activations `[batch, tokens, hidden]` of the last layer.
     fn hidden(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
         let (_, count) = tokens.dims2()?;
         if tokens.device().is_cpu() {
-            let ids = tokens.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
-            if let Some(id) = ids.into_iter().find(|&id| id as usize >= self.config.vocab_size) {
-                bail!("token id {id} is outside the model's vocabulary of {}", self.config.vocab_size);
-            }
+            self.known(tokens)?;
         }
         cache.begin(position, count)?;
-        let mut x = self.embedding.forward(&tokens.to_device(&self.device)?)?;
+        let normed = self.layers(&tokens.to_device(&self.device)?, position, cache)?;
+        cache.commit(position + count);
+        Ok(normed)
+    }
+
+    /// Token ids on the CPU, if the model knows them all.
+    pub(super) fn known(&self, tokens: &Tensor) -> Result<Vec<u32>> {
+        let ids = tokens.to_dtype(DType::U32)?.flatten_all()?.to_vec1::<u32>()?;
+        match ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            Some(id) => bail!("token id {id} is outside the model's vocabulary of {}", self.config.vocab_size),
+            None => Ok(ids),
+        }
+    }
+
+    /// What [`Llama::hidden`] does with ids that are on the model's device, in a cache that is ready for them.
+    pub(super) fn layers(&self, tokens: &Tensor, position: usize, cache: &mut Cache) -> Result<Tensor> {
+        let mut x = self.embedding.forward(tokens)?;
         let norms = self.blocks.iter().skip(1).map(|block| &block.norm_1).chain([&self.norm]);
         let mut normed = self.blocks.first().map_or(&self.norm, |block| &block.norm_1).forward(&x)?;
         for (layer, (block, next)) in self.blocks.iter().zip(norms).enumerate() {
             let _span = tracing::trace_span!("block").entered();
             (x, normed) = block.forward((&x, &normed), next, layer, position, cache)?;
         }
-        cache.commit(position + count);
         Ok(normed)
     }
 }

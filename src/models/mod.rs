@@ -17,6 +17,7 @@ pub mod gguf;
 pub mod hub;
 pub mod just_in_time;
 pub mod llama;
+mod replay;
 pub mod var_builder;
 pub mod weights;
 

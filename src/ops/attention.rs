@@ -199,6 +199,8 @@ pub(crate) struct Held<'a> {
     /// Cosines and sines `[> position, size / 2]`.
     pub cos: &'a Tensor,
     pub sin: &'a Tensor,
+    /// Where a CUDA graph finds the position whenever it is replayed (one U32); not for other calls.
+    pub at: Option<&'a Tensor>,
 }
 
 /// On a GPU: rotates the queries `[batch, 1, heads · size]` and the key of the token at `position`, writes its key and value
@@ -217,13 +219,19 @@ pub(crate) fn attend_one(q: &Tensor, k: &Tensor, v: &Tensor, held: Held, positio
             t.device().is_cuda() && t.dtype() == q.dtype() && t.is_contiguous() && !t.track_op() && aligned(t)
         };
         if crate::cuda::takes(q) && crate::cuda::attends_to(size) && all.iter().all(plain) {
-            let attend = |[q, k, v, keys, values, cos, sin]: [crate::cuda::Part; 7]| {
-                crate::cuda::OneToken { q, k, v, keys, values, cos, sin, position }.attend()
+            let one = |[q, k, v, keys, values, cos, sin]: [crate::cuda::Part; 7], at: Option<crate::cuda::Part>| {
+                crate::cuda::OneToken { q, k, v, keys, values, cos, sin, position, at }.attend()
             };
-            return super::on_gpu(all, q.shape(), attend).map(Some);
+            let Some(at) = held.at else { return super::on_gpu(all, q.shape(), |parts| one(parts, None)).map(Some) };
+            let [q, k, v, keys, values, cos, sin] = all;
+            let all = [q, k, v, keys, values, cos, sin, at];
+            return super::on_gpu(all, q.shape(), |[q, k, v, keys, values, cos, sin, at]| {
+                one([q, k, v, keys, values, cos, sin], Some(at))
+            })
+            .map(Some);
         }
     }
-    _ = (q, k, v, held.keys, held.values, held.cos, held.sin, position);
+    _ = (q, k, v, held.keys, held.values, held.cos, held.sin, held.at, position);
     Ok(None)
 }
 

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 
+use super::kept;
 use super::place::{Place, dense_product};
 use crate::matrix::{Executor, GpuLayout, Weight, matmul_each};
 
@@ -67,7 +68,7 @@ impl CompressedMatmul {
         let ids = ids.flatten_all()?;
         match &self.place {
             Place::Dense(table, _) => table.index_select(&ids, 0)?.to_dtype(dtype),
-            _ => ids.apply_op1_no_bwd(&TableRows(self.on_gpu()?, dtype)),
+            _ => ids.apply_op1_no_bwd(&TableRows(self.on_gpu()?, dtype)).map(kept),
         }
     }
 
@@ -303,7 +304,7 @@ pub fn compressed_linear(x: &Tensor, op: &CompressedMatmul) -> Result<Tensor> {
     // Kernels on a GPU take rows that follow one another.
     let x = if x.device().is_cpu() { x } else { &x.contiguous()? };
     // Only a tracked argument needs the op to be kept for the way back.
-    if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }
+    if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }.map(kept)
 }
 
 /// What [`compressed_linear`] gives for each of `ops`, to the last bit, in one parallel region: the activation is gathered

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::PoolExecutor;
+use super::kept;
 use super::compressed_linear::{Rows, activation_rows, split_products, store};
 #[cfg(feature = "cuda")]
 use super::place::dense_product;
@@ -153,7 +154,7 @@ impl KQuantMatmul {
             Place::Cpu(matrix) => rows_of(matrix, &known)?.to_dtype(dtype),
             #[cfg(feature = "cuda")]
             Place::Cuda(weight) => {
-                ids.contiguous()?.apply_op1_no_bwd(&super::compressed_linear::TableRows(weight, dtype))
+                ids.contiguous()?.apply_op1_no_bwd(&super::compressed_linear::TableRows(weight, dtype)).map(kept)
             }
             #[cfg(feature = "cuda")]
             Place::Dense(weight) => weight.index_select(ids, 0)?.to_dtype(dtype),
@@ -291,7 +292,7 @@ pub fn kquant_linear(x: &Tensor, op: &KQuantMatmul) -> Result<Tensor> {
     // Kernels on a GPU take rows that follow one another.
     let x = if x.device().is_cpu() { x } else { &x.contiguous()? };
     // Only a tracked argument needs the op to be kept for the way back.
-    if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }
+    if x.track_op() { x.apply_op1(op.clone()) } else { x.apply_op1_no_bwd(op) }.map(kept)
 }
 
 /// What [`kquant_linear`] gives for each of `ops`, to the last bit, in one parallel region: the activation is quantised once

@@ -43,7 +43,14 @@ fn on_gpu<const N: usize>(
         _ => unreachable!("checked above"),
     });
     let made = Cuda(work(parts)?);
-    Ok(Tensor::from_storage(made, shape, candle_core::op::BackpropOp::none(), false))
+    Ok(kept(Tensor::from_storage(made, shape, candle_core::op::BackpropOp::none(), false)))
+}
+
+/// A tensor in memory that this crate allocated: a CUDA graph that is being captured keeps it.
+fn kept(tensor: Tensor) -> Tensor {
+    #[cfg(feature = "cuda")]
+    crate::cuda::keep(&tensor);
+    tensor
 }
 
 /// A weight's or some rows' bytes as a tensor in their own dtype; FP8 and I8 become f32.

@@ -6,7 +6,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::RmsNorm;
 
-use super::PoolExecutor;
+use super::{PoolExecutor, kept};
 use super::attention::{plain, values};
 use crate::cpu::softmax::{add_norm, silu_mul};
 use crate::cpu::{Backend, vectorize};
@@ -39,7 +39,7 @@ pub fn gated(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         && gate.is_contiguous()
         && up.is_contiguous()
         && gate.shape() == up.shape();
-    if ready { gate.apply_op2_no_bwd(up, &Gated) } else { gate.silu()? * up }
+    if ready { gate.apply_op2_no_bwd(up, &Gated).map(kept) } else { gate.silu()? * up }
 }
 
 struct Gated;
@@ -100,7 +100,7 @@ impl Norm {
             // One after the other.
             let shape = [&[2], x.dims()].concat();
             let both = super::on_gpu([x, y, &self.weight], shape, |[x, y, weight]| {
-                crate::cuda::add_norm(x, y, weight, self.epsilon as f32)
+                crate::cuda::add_norm(x, Some(y), weight, self.epsilon as f32)
             })?;
             return Ok((both.get(0)?, both.get(1)?));
         }
@@ -112,6 +112,12 @@ impl Norm {
 
 impl Module for Norm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if takes(&[x, &self.weight]) && x.dims().last() == self.weight.dims().last() {
+            return super::on_gpu([x, &self.weight], x.shape(), |[x, weight]| {
+                crate::cuda::add_norm(x, None, weight, self.epsilon as f32)
+            });
+        }
         self.norm.forward(x)
     }
 }

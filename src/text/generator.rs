@@ -47,12 +47,13 @@ pub struct Generator<'a> {
 }
 
 impl<'a> Generator<'a> {
-    /// Runs `model` until one of the tokens `ends`, with a KV cache.
+    /// Runs `model` until one of the tokens `ends`, with a KV cache; on a GPU as a CUDA graph, where that is possible
+    /// ([`Cache::with_cuda_graph`]).
     ///
     /// # Errors
     /// If the cache cannot be made.
     pub fn new(model: &'a dyn CausalLm, sampler: Sampler, ends: &'a BTreeSet<u32>) -> Result<Generator<'a>> {
-        let cache = model.new_cache(true)?;
+        let cache = model.new_cache(true)?.with_cuda_graph(true);
         Ok(Generator { model, cache, sampler, ends, tokens: Vec::new(), stats: Stats::default() })
     }
 
@@ -63,6 +64,12 @@ impl<'a> Generator<'a> {
     pub fn without_kv_cache(mut self) -> Result<Generator<'a>> {
         self.cache = self.model.new_cache(false)?;
         Ok(self)
+    }
+
+    /// Launches every kernel by itself on a GPU.
+    pub fn without_cuda_graph(mut self) -> Generator<'a> {
+        self.cache.set_cuda_graph(false);
+        self
     }
 
     /// Begins a text with these tokens.

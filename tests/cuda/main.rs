@@ -13,6 +13,7 @@ mod layers;
 mod load;
 mod model;
 mod products;
+mod replay;
 mod small;
 
 use std::ops::Deref;

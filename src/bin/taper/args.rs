@@ -258,6 +258,9 @@ pub struct GenerateArgs {
     /// Compute all positions again for each token
     #[arg(long)]
     pub no_kv_cache: bool,
+    /// On a GPU, launch every kernel by itself instead of a CUDA graph for each token
+    #[arg(long)]
+    pub no_cuda_graph: bool,
     /// Run on the CPU, as --device cpu
     #[arg(long, conflicts_with = "device")]
     pub cpu: bool,

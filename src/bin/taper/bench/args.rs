@@ -58,6 +58,9 @@ pub struct BenchArgs {
     /// On a GPU, let no kernel start before the one that it follows has ended; layers are timed both ways without it
     #[arg(long)]
     pub plain_launch: bool,
+    /// On a GPU, launch every kernel of a model by itself; generation is timed both ways without it
+    #[arg(long, requires = "model")]
+    pub no_cuda_graph: bool,
     /// Also time each of our layers decoded to memory and then multiplied by candle; a column counts the bytes that
     /// either moves
     #[arg(long, conflicts_with = "model")]

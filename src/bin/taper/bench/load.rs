@@ -189,6 +189,11 @@ impl Loaded {
         self.model.reset()
     }
 
+    /// Generates with a CUDA graph, or launches every kernel by itself. candle's own models do the latter.
+    pub fn set_cuda_graph(&mut self, on: bool) {
+        self.model.set_cuda_graph(on);
+    }
+
     /// Runs `[1, n]` ids whose first stands at `position`, to the end.
     pub fn forward(&mut self, ids: &Tensor, position: usize) -> Result<()> {
         self.model.forward(ids, position)?;
@@ -199,6 +204,7 @@ impl Loaded {
 /// Ours and candle's alike.
 trait Model {
     fn reset(&mut self) -> Result<()>;
+    fn set_cuda_graph(&mut self, _on: bool) {}
     fn forward(&mut self, ids: &Tensor, position: usize) -> candle_core::Result<Tensor>;
 }
 
@@ -208,6 +214,10 @@ struct Ours<L, E> {
 }
 
 impl<L: LinearLayer, E: Module> Model for Ours<L, E> {
+    fn set_cuda_graph(&mut self, on: bool) {
+        self.cache.set_cuda_graph(on);
+    }
+
     fn reset(&mut self) -> Result<()> {
         self.cache.reset();
         Ok(())

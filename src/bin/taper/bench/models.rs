@@ -81,7 +81,12 @@ pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<(Vec<Load
     let plans = plans(args)?;
     let rounds = args.repetitions.unwrap_or(ROUNDS) as usize;
     let tests = usize::from(args.n_prompt > 0) + usize::from(args.n_gen > 0);
-    steps.expect((plans.len() * (2 + tests * rounds)) as u64);
+    let ours = if args.on_gpu() && args.n_gen > 0 && !args.no_cuda_graph {
+        (0..plans.len()).filter(|&plan| !plans[plan].stock()).collect()
+    } else {
+        Vec::new()
+    };
+    steps.expect((plans.len() * (2 + tests * rounds) + ours.len() * rounds) as u64);
     let mut loads = Vec::new();
     for plan in &plans {
         steps.begin(&format!("{}: loading in a new process", plan.label()));
@@ -95,42 +100,51 @@ pub fn run(args: &BenchArgs, device: &Device, steps: &Steps) -> Result<(Vec<Load
         let needed = args.n_prompt.max(args.n_gen);
         let context = model.config().max_position_embeddings;
         ensure!(needed <= context, "{}: {needed} tokens are beyond the context of {context}", plan.dir.display());
+        model.set_cuda_graph(!args.no_cuda_graph);
         // Checks the checksums of all tiles, as the first use does.
         generate(&mut model, 1, args.max_time)?;
         models.push(model);
         steps.step();
     }
+    let all: Vec<usize> = (0..plans.len()).collect();
     let mut groups = Vec::new();
     if args.n_prompt > 0 {
         let title = format!("pp{}: a prompt of {} tokens", args.n_prompt, args.n_prompt);
         let time = |model: &mut Loaded| read(model, args.n_prompt);
-        groups.push(group((title, args.n_prompt, args.n_prompt), &plans, &mut models, rounds, steps, time)?);
+        groups.push(group((title, args.n_prompt, args.n_prompt), &plans, (&mut models, &all), rounds, steps, time)?);
     }
     if args.n_gen > 0 {
         let title = format!("tg{}: {} tokens generated one by one", args.n_gen, args.n_gen);
         let time = |model: &mut Loaded| generate(model, args.n_gen, args.max_time);
-        groups.push(group((title, args.n_gen, 1), &plans, &mut models, rounds, steps, time)?);
+        groups.push(group((title, args.n_gen, 1), &plans, (&mut models, &all), rounds, steps, time)?);
+        if !ours.is_empty() {
+            models.iter_mut().for_each(|model| model.set_cuda_graph(false));
+            let title = format!("tg{}, every kernel launched by itself instead of a CUDA graph", args.n_gen);
+            groups.push(group((title, args.n_gen, 1), &plans, (&mut models, &ours), rounds, steps, time)?);
+        }
     }
     Ok((loads, groups))
 }
 
-/// Times one test; `test` is its title, its tokens, and how many of them a pass over the weights serves.
+/// Times one test of some of the models; `test` is its title, its tokens, and how many of them a pass over the weights serves.
 fn group(
     test: (String, usize, usize),
     plans: &[Plan],
-    models: &mut [Loaded],
+    (models, some): (&mut [Loaded], &[usize]),
     rounds: usize,
     steps: &Steps,
     time: impl Fn(&mut Loaded) -> Result<f64>,
 ) -> Result<Group> {
     let (title, tokens, samples_a_pass) = test;
-    let samples = in_turns(models.len(), rounds, |model, round| {
+    let samples = in_turns(some.len(), rounds, |place, round| {
+        let model = some[place];
         steps.begin(&format!("{title}: {}, round {} of {rounds}", plans[model].label(), round + 1));
         let time = time(&mut models[model]).with_context(|| plans[model].label())?;
         steps.step();
         Ok(time)
     })?;
-    let rows = plans.iter().zip(models.iter()).zip(samples).map(|((plan, model), samples)| Row {
+    let chosen = some.iter().map(|&model| (&plans[model], &models[model]));
+    let rows = chosen.zip(samples).map(|((plan, model), samples)| Row {
         name: plan.name.clone(),
         stock: plan.stock(),
         bytes: model.bytes,
@@ -176,6 +190,9 @@ fn probe(args: &BenchArgs, plan: &Plan) -> Result<Load> {
     command.args(["bench", "--quiet", "--model"]).arg(&plan.dir).args(["--probe", &plan.code()]);
     command.args(["--dtype", DType::as_str(&args.activations())]).args(["-p", &args.n_prompt.to_string()]);
     command.args(["--device", &args.device.to_string(), "--layout", args.layout[0].name()]);
+    if args.no_cuda_graph {
+        command.arg("--no-cuda-graph");
+    }
     let output = command.stdin(Stdio::null()).stderr(Stdio::piped()).output().context("cannot start this program")?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "loading {} in a new process failed: {}", plan.label(), error.trim());
@@ -196,6 +213,7 @@ pub fn run_probe(args: &BenchArgs, code: &str, device: &Device) -> Result<String
     let dir = args.model.first().context("--probe needs --model")?;
     let start = Instant::now();
     let mut model = Plan::new(dir, code)?.load(args.activations(), device, args.layout[0])?;
+    model.set_cuda_graph(!args.no_cuda_graph);
     device.synchronize()?;
     let (seconds, loading) = (start.elapsed().as_secs_f64(), gpu_peak(device));
     if args.n_prompt > 0 {

@@ -38,6 +38,9 @@ pub fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     if args.no_kv_cache {
         generator = generator.without_kv_cache()?;
     }
+    if args.no_cuda_graph {
+        generator = generator.without_cuda_graph();
+    }
     if args.chat {
         chat::run(args, &dir, &tokenizer, &mut generator, note)?;
     } else {
