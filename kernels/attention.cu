@@ -28,8 +28,8 @@ using namespace taper;
 struct Step {
   const void *q, *k, *v, *cos, *sin;
   void *keys, *values, *y;
-  float* partial;     // for each block: G queries of {maximum, sum, size values}
-  uint32_t* arrived;  // for each y and z of the grid: zero before and after
+  float* partial;      // for each block: G queries of {maximum, sum, size values}
+  uint32_t* arrived;   // for each y and z of the grid: zero before and after
   const uint32_t* at;  // the position, if not null: complete before the kernel before this one began
   uint32_t heads, kv_heads, size, lanes, capacity, position, span;
   float scale;  // of scores, times log2(e)

@@ -1,4 +1,5 @@
-// The kernels of a layout's products, by the columns of activations that they take.
+// The kernels of a layout's products, by the columns of activations that they take; `joined` takes up to three
+// matrices.
 #pragma once
 #include "product.cuh"
 #include "wide.cuh"
@@ -6,6 +7,10 @@
 #define TAPER_PRODUCTS(NAME, L)                                                                                      \
   extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_8(const __grid_constant__ Product p) {       \
     narrow_product<L, 1>(p);                                                                                         \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_joined_8(const __grid_constant__ Products p) {       \
+    const Product mine = p.mine();                                                                                   \
+    narrow_product<L, 1>(mine);                                                                                      \
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_16(const __grid_constant__ Product p) {      \
     narrow_product<L, 2>(p);                                                                                         \

@@ -40,6 +40,10 @@
   extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_1(const __grid_constant__ Product p) {      \
     narrow_product<L, 1, true>(p);                                                                                  \
   }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_joined_1(const __grid_constant__ Products p) {      \
+    const Product mine = p.mine();                                                                                  \
+    narrow_product<L, 1, true>(mine);                                                                               \
+  }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
     group_row_scales<L>(blocks, cols, out);                                                                         \
   }

@@ -1,6 +1,6 @@
 // What stands between products and takes each value once: the gated activation, and a residual's sum with its norm.
-// Sums are f32 and results are rounded once. Bound by launches for one token, by the memory's bandwidth for a prompt. All
-// may be launched with programmatic stream serialisation.
+// Sums are f32 and results are rounded once. Bound by launches for one token, by the memory's bandwidth for a prompt.
+// All may be launched with programmatic stream serialisation.
 #include "elements.cuh"
 #include "ptx.cuh"
 

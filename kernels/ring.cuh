@@ -20,6 +20,16 @@ struct Product {
   int groups, slabs;
   int slots, in_flight;  // stages in the ring, stages on their way at most
   int keep;              // tiles whose sums wait in shared memory to be added together
+  int first_block;       // of the grid, where products share a launch
+};
+
+// Products with the same activations in one launch; of two the third's first block is past the grid.
+struct Products {
+  Product each[3];
+
+  __device__ __forceinline__ const Product& mine() const {
+    return each[(blockIdx.x >= each[1].first_block) + (blockIdx.x >= each[2].first_block)];
+  }
 };
 
 constexpr int CONSUMERS = 8, CONSUMER_THREADS = 32 * CONSUMERS, BLOCK = CONSUMER_THREADS + 32;
@@ -78,7 +88,8 @@ struct Part {
   Shape<L> shape;
   int slab, group, tile0, tiles, stage0, stages;
   __device__ explicit Part(const Product& p) : shape(p.rows, p.cols) {
-    slab = blockIdx.x / p.groups, group = blockIdx.x - slab * p.groups;
+    const int block = blockIdx.x - p.first_block;
+    slab = block / p.groups, group = block - slab * p.groups;
     tile0 = (int)((long long)shape.tiles * group / p.groups),
     tiles = (int)((long long)shape.tiles * (group + 1) / p.groups) - tile0;
     stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;

@@ -122,6 +122,9 @@ pub(super) struct PackedKernels {
     /// have two for compute capability 9.0 and up to 32 and 64 columns, and those with groups one for exactly one column;
     /// `fixed` has one for compute capability 9.0 and 64 columns.
     pub products: Vec<(CudaFunction, usize)>,
+    /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
+    /// that for exactly one where there is one.
+    pub joined: Vec<CudaFunction>,
 }
 
 /// What makes the layout.
@@ -157,7 +160,11 @@ impl PackedKernels {
         if family == Family::Fixed && hopper {
             products.push(function(module, "fixed_warpgroup_64", shared)?);
         }
-        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products })
+        let joined: &[usize] = if family.groups() { &[8, 1] } else { &[8] };
+        let joined =
+            joined.iter().map(|columns| Ok(function(module, &format!("{prefix}_joined_{columns}"), shared)?.0));
+        let joined = joined.collect::<Result<_>>()?;
+        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
     }
 
     /// The product of that number.

@@ -162,8 +162,7 @@ struct Capture<'a>(Option<&'a Arc<CudaStream>>);
 impl<'a> Capture<'a> {
     fn begin(device: &CudaDevice, stream: &'a Arc<CudaStream>, memory: &MemoryStream) -> Result<Capture<'a>> {
         driver(stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))?;
-        let captured =
-            Captured { device: device.clone(), memory: memory.stream(), allocated: 0, kept: Vec::new() };
+        let captured = Captured { device: device.clone(), memory: memory.stream(), allocated: 0, kept: Vec::new() };
         CAPTURED.set(Some(captured));
         Ok(Capture(Some(stream)))
     }

@@ -222,6 +222,16 @@ impl LaunchShape {
 /// 32 and for 64 columns of block formats, which a product for a single column follows.
 const WARPGROUPS: usize = 4;
 const SINGLE: usize = 6;
+
+/// The number of a kernel's counterpart for several matrices, among those of a layout.
+pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
+    match kernel {
+        0 => Some(0),
+        SINGLE if family.groups() => Some(1),
+        _ => None,
+    }
+}
+
 /// Bytes of the table of layout `pair`, which each lane has for itself.
 pub(super) const PAIR_TABLE: usize = 256 * 128;
 

@@ -31,6 +31,7 @@ mod form;
 mod gemm;
 mod graph;
 mod hybrid;
+mod joined;
 mod kernels;
 mod kquant;
 mod launch;

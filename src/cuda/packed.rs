@@ -51,6 +51,11 @@ pub(super) trait Fused: fmt::Debug + Send + Sync {
     fn layout(&self) -> GpuLayout;
     fn stored_bytes(&self) -> usize;
 
+    /// Itself, if it has kernels that multiply several matrices at once.
+    fn packed(&self) -> Option<&Packed> {
+        None
+    }
+
     /// The dtypes that [`Fused::decode_rows`] writes: BF16 and perhaps another.
     fn decodes_to(&self, dtype: Dtype) -> bool;
 
@@ -116,6 +121,10 @@ impl Fused for Packed {
 
     fn kernels(&self) -> &Arc<Kernels> {
         &self.kernels
+    }
+
+    fn packed(&self) -> Option<&Packed> {
+        Some(self)
     }
 
     fn layout(&self) -> GpuLayout {

@@ -71,7 +71,7 @@ struct PairProduct {
 
 // SAFETY: plain numbers in C's layout, without padding.
 unsafe impl DeviceRepr for PairProduct {}
-const _: () = assert!(size_of::<PairProduct>() == 128);
+const _: () = assert!(size_of::<PairProduct>() == 136);
 
 /// A matrix in the layout.
 pub(super) struct Pair {

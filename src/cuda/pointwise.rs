@@ -29,11 +29,7 @@ impl PointwiseKernels {
     pub fn load(module: &Arc<CudaModule>) -> Result<PointwiseKernels> {
         let of = |name: &str, dtype: &str| Ok::<_, Error>(function(module, &format!("{name}_{dtype}"), 0)?.0);
         let all = |name: &str| Ok::<_, Error>([of(name, "bf16")?, of(name, "f16")?, of(name, "f32")?]);
-        Ok(PointwiseKernels {
-            gated: all("gated")?,
-            add_norm: all("add_norm")?,
-            add_norm_any: all("add_norm_any")?,
-        })
+        Ok(PointwiseKernels { gated: all("gated")?, add_norm: all("add_norm")?, add_norm_any: all("add_norm_any")? })
     }
 }
 

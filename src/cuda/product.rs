@@ -13,33 +13,35 @@ use crate::{Error, Result};
 
 /// The argument of a product: the struct of that name in `kernels/product.cuh`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Product {
-    weights: u64,
-    overflow: u64,
-    row_scale: u64,
-    x: u64,
-    bias: u64,
-    y: u64,
-    partial: u64,
-    arrived: u64,
-    rows: i32,
-    cols: i32,
-    batch: i32,
-    x_stride: i32,
-    y_stride: i32,
-    x_type: i32,
-    y_type: i32,
-    groups: i32,
-    slabs: i32,
-    slots: i32,
-    in_flight: i32,
-    keep: i32,
+    pub weights: u64,
+    pub overflow: u64,
+    pub row_scale: u64,
+    pub x: u64,
+    pub bias: u64,
+    pub y: u64,
+    pub partial: u64,
+    pub arrived: u64,
+    pub rows: i32,
+    pub cols: i32,
+    pub batch: i32,
+    pub x_stride: i32,
+    pub y_stride: i32,
+    pub x_type: i32,
+    pub y_type: i32,
+    pub groups: i32,
+    pub slabs: i32,
+    pub slots: i32,
+    pub in_flight: i32,
+    pub keep: i32,
+    pub first_block: i32,
+    pub pad: i32,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
 unsafe impl DeviceRepr for Product {}
-const _: () = assert!(size_of::<Product>() == 112);
+const _: () = assert!(size_of::<Product>() == 120);
 
 /// Columns of activations that a row takes on tensor cores, and the kernels' number of its dtype: F16 and F32 activations
 /// are split exactly into BF16 ones.
@@ -121,6 +123,8 @@ impl Factor<'_> {
                     slots: shape.slots as i32,
                     in_flight: shape.in_flight as i32,
                     keep: shape.keep as i32,
+                    first_block: 0,
+                    pad: 0,
                 };
                 // SAFETY: memory of the sizes that the kernel expects, checked above and by `shape`.
                 unsafe { launch(&stream, function, &shape, &argument(product), programmatic)? };

@@ -12,6 +12,7 @@
 //! ```
 
 use std::path::Path;
+#[cfg(feature = "cuda")]
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
@@ -54,10 +55,12 @@ pub struct Llama<L, E> {
     device: Device,
     notes: Vec<String>,
     /// Of all models of the process, this one.
+    #[cfg(feature = "cuda")]
     id: usize,
 }
 
 /// Models that were loaded so far.
+#[cfg(feature = "cuda")]
 static LOADED: AtomicUsize = AtomicUsize::new(0);
 
 /// One layer.
@@ -151,6 +154,7 @@ impl<L: LinearLayer, E: Module> Llama<L, E> {
             dtype: weights.dtype(),
             device: weights.device().clone(),
             notes,
+            #[cfg(feature = "cuda")]
             id: LOADED.fetch_add(1, Ordering::Relaxed),
         })
     }

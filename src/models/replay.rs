@@ -10,9 +10,9 @@
 #[cfg(feature = "cuda")]
 use std::thread::{self, ThreadId};
 
-use candle_core::{Module, Result, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Device};
+use candle_core::{Module, Result, Tensor};
 
 use super::{Cache, Llama};
 #[cfg(feature = "cuda")]
@@ -22,6 +22,7 @@ use crate::nn::LinearLayer;
 /// What a cache knows of its graph.
 #[derive(Debug, Default)]
 pub(super) struct Replay {
+    #[cfg(feature = "cuda")]
     on: bool,
     count: usize,
     state: State,
@@ -58,7 +59,13 @@ struct Key {
 
 impl Replay {
     pub(super) fn new(on: bool) -> Replay {
-        Replay { on, ..Replay::default() }
+        #[cfg(not(feature = "cuda"))]
+        let _ = on;
+        Replay {
+            #[cfg(feature = "cuda")]
+            on,
+            ..Replay::default()
+        }
     }
 
     pub(super) fn count(&self) -> usize {

@@ -6,6 +6,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 
+#[cfg(feature = "cuda")]
+use super::joined;
 use super::kept;
 use super::place::{Place, dense_product};
 use crate::matrix::{Executor, GpuLayout, Weight, matmul_each};
@@ -313,6 +315,12 @@ pub fn compressed_linear(x: &Tensor, op: &CompressedMatmul) -> Result<Tensor> {
 /// # Errors
 /// As [`compressed_linear`].
 pub fn compressed_linears(x: &Tensor, ops: &[&CompressedMatmul]) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(products) = joined(x, ops.iter().map(|op| op.on_gpu().ok()).collect())?
+    {
+        return Ok(products);
+    }
     if ops.len() < 2 || !x.device().is_cpu() {
         return ops.iter().map(|op| compressed_linear(x, op)).collect();
     }

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::PoolExecutor;
-use super::kept;
 use super::compressed_linear::{Rows, activation_rows, split_products, store};
+#[cfg(feature = "cuda")]
+use super::joined;
+use super::kept;
 #[cfg(feature = "cuda")]
 use super::place::dense_product;
 use crate::codec::kquant::GgmlType;
@@ -301,6 +303,12 @@ pub fn kquant_linear(x: &Tensor, op: &KQuantMatmul) -> Result<Tensor> {
 /// # Errors
 /// As [`kquant_linear`].
 pub fn kquant_linears(x: &Tensor, ops: &[&KQuantMatmul]) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(products) = joined(x, ops.iter().map(|op| op.on_gpu().ok()).collect())?
+    {
+        return Ok(products);
+    }
     if ops.len() < 2 || x.track_op() || !x.device().is_cpu() {
         return ops.iter().map(|op| kquant_linear(x, op)).collect();
     }

@@ -46,6 +46,24 @@ fn on_gpu<const N: usize>(
     Ok(kept(Tensor::from_storage(made, shape, candle_core::op::BackpropOp::none(), false)))
 }
 
+/// Products of one activation with matrices on its GPU, in one launch: what each product gives by itself, to the last bit.
+/// `None`, with nothing done, where there is no kernel for it.
+#[cfg(feature = "cuda")]
+fn joined(x: &Tensor, weights: Option<Vec<&crate::cuda::CudaWeight>>) -> Result<Option<Vec<Tensor>>> {
+    let Some(weights) = weights.filter(|weights| weights.len() > 1 && !x.track_op()) else {
+        return Ok(None);
+    };
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let candle_core::Storage::Cuda(storage) = &*storage else { return Ok(None) };
+    let Some(products) = crate::cuda::CudaWeight::matmul_each(&weights, storage, layout)? else { return Ok(None) };
+    let product = |(made, shape)| {
+        let made = candle_core::Storage::Cuda(made);
+        kept(Tensor::from_storage(made, shape, candle_core::op::BackpropOp::none(), false))
+    };
+    Ok(Some(products.into_iter().map(product).collect()))
+}
+
 /// A tensor in memory that this crate allocated: a CUDA graph that is being captured keeps it.
 fn kept(tensor: Tensor) -> Tensor {
     #[cfg(feature = "cuda")]

@@ -6,8 +6,8 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Module, Result, Shape, Tensor};
 use candle_nn::RmsNorm;
 
-use super::{PoolExecutor, kept};
 use super::attention::{plain, values};
+use super::{PoolExecutor, kept};
 use crate::cpu::softmax::{add_norm, silu_mul};
 use crate::cpu::{Backend, vectorize};
 use crate::matrix::run_parts;

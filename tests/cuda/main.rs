@@ -8,6 +8,7 @@ mod decode;
 mod errors;
 mod generation;
 mod graph;
+mod joined;
 mod kquant;
 mod layers;
 mod load;

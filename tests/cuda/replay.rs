@@ -93,7 +93,7 @@ fn replays_of_compressed_models_equal_launches() {
         }
     }
     let model = compressed(floats.path(), DType::F32, &device, GpuLayout::Auto, Codec::Lossless);
-    replays_equal_launches(&model, 1, 300, 3, 1, "batch of 3");
+    replays_equal_launches(&model, 2, 300, 3, 1, "batch of 3");
 }
 
 #[test]
