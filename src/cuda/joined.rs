@@ -15,7 +15,6 @@ use super::packed::Packed;
 use super::product::{Product, columns_of};
 use super::weight::{CudaWeight, Kept};
 use crate::Result;
-use crate::codec::Geometry;
 
 /// Matrices of one launch at most.
 const MATRICES: usize = 3;
@@ -89,7 +88,6 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         let mut each = [Product { first_block: i32::MAX, ..Product::default() }; MATRICES];
         let (mut blocks, mut guards) = (0, Vec::new());
         for (((matrix, shape), y), product) in packed.iter().zip(&shapes).zip(&mut results).zip(&mut each) {
-            let Geometry { rows, cols } = matrix.geometry;
             let scale = matrix.row_scale.as_ref().filter(|_| shape.scaled);
             // What orders this by events is told when it is enqueued.
             let mut place = |(pointer, guard)| {
@@ -101,24 +99,11 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
                 overflow: place(matrix.overflow.device_ptr(&stream)),
                 row_scale: scale.map_or(0, |scale| place(scale.device_ptr(&stream))),
                 x,
-                bias: 0,
                 y: place(y.device_ptr_mut(&stream)),
                 partial,
                 arrived,
-                rows: rows as i32,
-                cols: cols as i32,
-                batch: batch as i32,
-                x_stride: cols as i32,
-                y_stride: rows as i32,
-                x_type: kind,
-                y_type: kind,
-                groups: shape.groups as i32,
-                slabs: shape.slabs as i32,
-                slots: shape.slots as i32,
-                in_flight: shape.in_flight as i32,
-                keep: shape.keep as i32,
                 first_block: blocks,
-                pad: 0,
+                ..Product::of(shape, matrix.geometry, batch, kind)
             };
             blocks += (shape.groups * shape.slabs) as i32;
             partial += 4 * shape.partial as u64;

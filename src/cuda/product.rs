@@ -43,6 +43,28 @@ pub(super) struct Product {
 unsafe impl DeviceRepr for Product {}
 const _: () = assert!(size_of::<Product>() == 120);
 
+impl Product {
+    /// What does not depend on where the memory lies: `batch` rows of dtype `kind`, launched as `shape` says.
+    pub fn of(shape: &LaunchShape, geometry: Geometry, batch: usize, kind: i32) -> Product {
+        let Geometry { rows, cols } = geometry;
+        Product {
+            rows: rows as i32,
+            cols: cols as i32,
+            batch: batch as i32,
+            x_stride: cols as i32,
+            y_stride: rows as i32,
+            x_type: kind,
+            y_type: kind,
+            groups: shape.groups as i32,
+            slabs: shape.slabs as i32,
+            slots: shape.slots as i32,
+            in_flight: shape.in_flight as i32,
+            keep: shape.keep as i32,
+            ..Product::default()
+        }
+    }
+}
+
 /// Columns of activations that a row takes on tensor cores, and the kernels' number of its dtype: F16 and F32 activations
 /// are split exactly into BF16 ones.
 pub(super) fn columns_of(dtype: Dtype) -> (usize, i32) {
@@ -107,24 +129,10 @@ impl Factor<'_> {
                     overflow,
                     row_scale,
                     x: x + (first * cols * size) as u64,
-                    bias: 0,
                     y: y + (first * rows * size) as u64,
                     partial,
                     arrived,
-                    rows: rows as i32,
-                    cols: cols as i32,
-                    batch: count as i32,
-                    x_stride: cols as i32,
-                    y_stride: rows as i32,
-                    x_type: kind,
-                    y_type: kind,
-                    groups: shape.groups as i32,
-                    slabs: shape.slabs as i32,
-                    slots: shape.slots as i32,
-                    in_flight: shape.in_flight as i32,
-                    keep: shape.keep as i32,
-                    first_block: 0,
-                    pad: 0,
+                    ..Product::of(&shape, self.geometry, count, kind)
                 };
                 // SAFETY: memory of the sizes that the kernel expects, checked above and by `shape`.
                 unsafe { launch(&stream, function, &shape, &argument(product), programmatic)? };
