@@ -53,9 +53,12 @@ pub(super) struct Kernels {
     pub side: Mutex<Option<SideStreams>>,
     /// Multiprocessors of the GPU.
     pub processors: usize,
+    /// The compute capability that the code was compiled for: the GPU's, or an earlier one.
+    compiled_for: (i32, i32),
     /// True for compute capability 9.0, whose tensor cores take products of whole warpgroups.
     pub warpgroups: bool,
-    /// True from compute capability 9.0 on, where a kernel may start before the one that it follows has ended.
+    /// True for code of compute capability 9.0 and later: a kernel may start before the one that it follows has ended, and
+    /// waits for it by itself.
     pub programmatic: bool,
     context: Arc<CudaContext>,
 }
@@ -101,13 +104,17 @@ impl Kernels {
         let shared = property(Property::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
         let (decode, repair, hybrid) = (module(image::DECODE)?, module(image::REPAIR)?, module(image::HYBRID)?);
+        let decode_rows = function(&decode, "taper_decode_rows", shared)?.0;
+        // A GPU that there is no machine code for runs what its driver compiled of the PTX for 8.0, without what came later.
+        let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
+        let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
             Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
         });
         Ok(Kernels {
-            decode_rows: function(&decode, "taper_decode_rows", shared)?.0,
+            decode_rows,
             decode_rows_bf16: function(&decode, "taper_decode_rows_bf16", shared)?.0,
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
             hybrid: function(&hybrid, "hybrid_product", shared)?.0,
@@ -126,6 +133,7 @@ impl Kernels {
             scratch: Scratch::new(processors as usize),
             side: Mutex::new(None),
             processors: processors as usize,
+            compiled_for: capability,
             warpgroups: capability == (9, 0),
             programmatic: capability >= (9, 0),
             context,
@@ -157,7 +165,7 @@ impl Kernels {
 
 /// The kernels of a device, loaded: they stay so for as long as this is held.
 #[derive(Clone, Debug)]
-pub struct LoadedKernels(#[allow(dead_code)] Arc<Kernels>);
+pub struct LoadedKernels(Arc<Kernels>);
 
 impl LoadedKernels {
     /// Loads them if no weight has.
@@ -166,6 +174,12 @@ impl LoadedKernels {
     /// If the GPU is older than compute capability 8.0, or its driver cannot load the kernels.
     pub fn of(device: &CudaDevice) -> Result<LoadedKernels> {
         Kernels::of(device).map(LoadedKernels)
+    }
+
+    /// The compute capability that they were compiled for: 9.0 on Hopper, 8.0 on every other GPU. `CUDA_FORCE_PTX_JIT=1` makes
+    /// the driver compile those for 8.0 wherever it is.
+    pub fn compute_capability(&self) -> (i32, i32) {
+        self.0.compiled_for
     }
 }
 

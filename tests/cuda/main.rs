@@ -13,6 +13,7 @@ mod kquant;
 mod layers;
 mod load;
 mod model;
+mod portable;
 mod products;
 mod replay;
 mod small;
