@@ -1,25 +1,34 @@
 // BF16 matrices from their tile streams at speed: what `decode_band` does for every kind, for the one that there is
 // most of.
 //
-//   For       kind and dtype BF16, 4-bit classes by rANS, 8 raw bits, levels or not, columns a multiple of 256.
-//   Warp      takes one band: 64 rows x 256 columns, a row in four steps of 32 symbols. In step s lane l decodes
-//   columns
-//             64 s + 2 l and the next one, two rows at a time.
-//   Words     in a ring of the warp, 4 chunks of 512 bytes, which cp.async fills. Two rows take at most one chunk, so
-//             the ring is looked after once for two rows. The first chunk has a copy behind the last: within two rows
-//             addresses go straight on.
-//   Raw bits  two bytes a lane and step from memory, two rows ahead. Prefetching 16 rows ahead into the L2 was slower.
-//   Tables    slots   4096 words: frequency | symbol << 12 | (slot - start) << 20
-//             pairs   256 symbols x 8 copies: exponent of the first weight << 7 | of the second << 23 | 1 if the first
-//                     is an escape | 1 << 16 if the second is
+//   For       kind and dtype BF16, 4-bit classes by rANS, 8 raw bits, levels (which never add up to more than 255) or
+//             not, columns a multiple of 256.
+//   Index     made when the matrix is uploaded: where the sections of each band lie, and, so that several warps share a
+//             band, the 32 states before each of its parts but the first, with the words and escapes gone by. A band
+//             has 1, 2 or 4 parts: 0, 0.07 or 0.2 bits a weight.
+//   Warp      takes one part of a band: up to 64 rows x 256 columns, a row in four steps of 32 symbols. In step s lane
+//             l decodes columns 64 s + 2 L and the next one, L = `stream_lane()`, two rows at a time. Lanes are not
+//             taken in their order because ldmatrix then gives each the raw bits of eight steps at once.
+//   Words     in a ring of the warp, 4 chunks of 512 bytes, which cp.async fills, looked after once for four rows.
+//             These take at most two chunks, copies of which lie behind the last: within four rows addresses go
+//             straight on.
+//   Raw bits  of four rows, and of the four after them.
+//   Table     of 4096 slots, as the reference has it: frequency | symbol << 12 | (slot - start) << 20.
+//   Pairs     of exponents, of each symbol: that of the first weight << 7 | of the second << 23 | 1 if the first is an
+//             escape | 1 << 16 if the second is. Each lane has its own copy, in a bank of its own: a step then takes
+//             8.0 wavefronts of shared memory, and 9.6 with one table of slots and pairs.
+//   Levels    eight times that of the row and eight times that of the column are added to the exponent: sixteenths of
+//             an octave end where the mantissa's bits will be, carries where the sign will be.
 //
-// Bounds: the sections of a band are compared with the stream once, before anything is decoded. In the ring no address
-// can leave it, whatever the words are, and past the section's end it is filled with zeros. A band that does not lie
-// within its tile gives zeros and a status.
+// Bounds: the sections of a band are compared with the stream when the index is made. In the ring no address can leave
+// it, whatever the words are, and past the section's end it is filled with zeros. A band that does not lie within its
+// tile gives zeros and a status.
 //
-// Budget, thread-instructions a weight: 14, with levels 16, of which the ALU, which takes half of what can be issued,
-// should get 6. Spent with levels, escapes and tables included: 23. A symbol waits for the one before it in its lane,
-// some 150 cycles: seven warps a scheduler are to hide that, and a quarter to a half of the time they do not.
+// Budget: 27 to 30 instructions a step of 64 weights, 33.8 with escapes, chunks and all that is done once for a
+// part: 16.9 thread-instructions a weight (ncu, one row of activations, levels, 14336x4096). No unit is full there:
+// issue slots are 68% busy, the shared memory's pipe 62%, the ALUs 57%. A symbol waits for the one before it in its
+// lane, through two loads from shared memory, a vote and a count of bits: 210 cycles with two warps a scheduler, 350
+// with seven. Registers and shared memory are for eight of them.
 #pragma once
 #include "ptx.cuh"
 #include "tile_values.cuh"
@@ -27,50 +36,103 @@
 namespace taper {
 
 // Mirrored by `cuda::rans`.
-constexpr int RANS_THREADS = 896;
-constexpr uint32_t RANS_CHUNK = 512, RANS_RING = 4 * RANS_CHUNK, RANS_RING_BYTES = RANS_RING + RANS_CHUNK;
-constexpr uint32_t RANS_COPIES = 8, RANS_PAIRS = 4 * 256 * RANS_COPIES;
-constexpr uint32_t RANS_TABLES = 1040 + (RANS_PAIRS - 16) + RANS_PAIRS + 4 * SLOTS;
+constexpr int RANS_THREADS = 1024;
+constexpr uint32_t RANS_CHUNK = 512, RANS_RING = 4 * RANS_CHUNK;
+constexpr uint32_t RANS_FOUR = 4 * TILE;                   // raw bits of four rows
+constexpr uint32_t RANS_RAW = RANS_RING + 2 * RANS_CHUNK;  // where they lie in a warp's rings
+constexpr uint32_t RANS_RING_BYTES = RANS_RAW + 2 * RANS_FOUR;
+constexpr uint32_t RANS_SLOTS = 4 * SLOTS, RANS_TABLES = RANS_SLOTS + 256 * 4 * LANES;
 constexpr uint32_t RANS_STEPS = 4;  // of a row
 
 // The weights of two rows in a lane: pairs of BF16.
 using RansRows = uint32_t[2][RANS_STEPS];
 
-// What a block's warps share.
-struct RansTables {
-  uint32_t slots, pairs;  // shared addresses; `pairs` of the lane's own copy
+// Where the sections of a band lie.
+struct RansPlace {
+  uint32_t coded;  // sixteenths of its offset in the stream
+  uint32_t word_bytes, listed;
+  uint32_t sound;  // all of it lies within the stream
+};
 
-  // By all threads of the block. `memory`: RANS_TABLES bytes, 16-byte aligned. `pairs` lies at a multiple of its size,
-  // so that a place in it needs no addition.
-  __device__ RansTables(const Plan& plan, Bytes stream, uint8_t* memory) {
-    const uint32_t at = shared_address(memory), skip = (at + 1040 + RANS_PAIRS - 1) / RANS_PAIRS * RANS_PAIRS - at;
-    uint32_t *const exponents = (uint32_t*)(memory + skip), *const table = exponents + RANS_PAIRS / 4;
-    for (uint32_t i = threadIdx.x; i < RANS_PAIRS / 4; i += blockDim.x) {
-      const uint32_t symbol = i / RANS_COPIES, first = symbol & 15, second = symbol >> 4;
-      exponents[i] = plan.map[first] << 7 | plan.map[second] << 23 | (first == plan.escape ? 1 : 0) |
-                     (second == plan.escape ? 1 << 16 : 0);
+// What has gone by before a part that is not a band's first.
+struct RansPart {
+  uint32_t states[LANES];
+  uint32_t words, escapes;
+};
+
+// Bands from left to right, then down; of each the parts after the first. Mirrors `cuda::rans::Index`.
+struct RansIndex {
+  RansPlace* places;
+  RansPart* later;
+  uint32_t* table;       // and pairs
+  uint32_t parts, rows;  // of a band; of a part: 64 / parts
+};
+
+// A warp's lane; not kept in a register.
+__device__ __forceinline__ uint32_t lane_again() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// The lane of the stream that this one decodes, and those that decode lanes before it.
+__device__ __forceinline__ uint32_t stream_lane() { return threadIdx.x % 4 * 8 + threadIdx.x % 32 / 4; }
+__device__ __forceinline__ uint32_t stream_lanes_before() {
+  const uint32_t lane = threadIdx.x % 32, column = 0x11111111;
+  return column * ((1u << lane % 4) - 1) | (column << lane % 4 & ((1u << lane / 4 * 4) - 1));
+}
+
+// The same value in a register: the compiler would rather compute it again in every step.
+__device__ __forceinline__ uint32_t kept(uint32_t value) { return __shfl_sync(ALL, value, threadIdx.x % 32); }
+
+// What a block's warps share: the table and the pairs.
+struct RansTable {
+  uint32_t slots, lane;  // shared address; four times the lane
+
+  __device__ RansTable(const uint8_t* memory) : slots(shared_address(memory)), lane(kept(threadIdx.x % 32 * 4)) {}
+
+  // Made by all threads of a block. `memory`: RANS_TABLES bytes, 16-byte aligned.
+  static __device__ void make(const Plan& plan, Bytes stream, uint8_t* memory) {
+    build_table(stream, (uint32_t*)memory, (uint32_t*)(memory + RANS_SLOTS));
+    const auto pair = [&](uint32_t symbol) {
+      const uint32_t first = symbol & 15, second = symbol >> 4;
+      return plan.map[first] << 7 | plan.map[second] << 23 | (first == plan.escape ? 1 : 0) |
+             (second == plan.escape ? 1 << 16 : 0);
+    };
+    make_pairs(memory, pair);
+    __syncthreads();
+  }
+  // Or fetched; they are there after `wait`, by all threads too.
+  static __device__ __forceinline__ void fetch(const RansIndex& index, uint8_t* memory) {
+    for (uint32_t i = threadIdx.x; i < RANS_SLOTS / 16; i += blockDim.x)
+      async_copy16(shared_address(memory) + 16 * i, (const uint4*)index.table + i);
+    async_commit();
+    make_pairs(memory, [&](uint32_t symbol) { return __ldg(index.table + SLOTS + symbol); });
+  }
+  static __device__ __forceinline__ void wait() {
+    async_wait<0>();
+    __syncthreads();
+  }
+  template <class Pair>
+  static __device__ __forceinline__ void make_pairs(uint8_t* memory, const Pair& pair) {
+    for (uint32_t i = threadIdx.x; i < 256 * LANES / 4; i += blockDim.x) {
+      const uint32_t value = pair(i / (LANES / 4));
+      ((uint4*)(memory + RANS_SLOTS))[i] = make_uint4(value, value, value, value);
     }
-    build_table(stream, table, (uint32_t*)memory);
-    slots = at + skip + RANS_PAIRS, pairs = at + skip + threadIdx.x % RANS_COPIES * 4;
   }
-
-  // The next symbol of the lane: its entry in `slots`, and in `pairs`.
-  __device__ __forceinline__ uint32_t entry(uint32_t state) const {
-    uint32_t entry;
-    asm volatile("{.reg .u32 a; mad.lo.u32 a, %1, 4, %2; ld.shared.u32 %0, [a];}"
-                 : "=r"(entry)
-                 : "r"(state & (SLOTS - 1)), "r"(slots));
-    return entry;
+  __device__ __forceinline__ uint32_t slot(uint32_t state) const { return load(slots + (state * 4 & 4 * (SLOTS - 1))); }
+  __device__ __forceinline__ uint32_t exponents(uint32_t slot) const {
+    return load(slots + RANS_SLOTS + ((slot >> 5 & 255 * 4 * LANES) | lane));
   }
-  __device__ __forceinline__ uint32_t exponents(uint32_t entry) const {
-    static_assert(RANS_COPIES == 8, "the shift below");
-    uint32_t e;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(e) : "r"(pairs | (entry >> 7 & 255 * 4 * RANS_COPIES)));
-    return e;
+  static __device__ __forceinline__ uint32_t load(uint32_t at) {
+    uint32_t v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
   }
 };
 
-// One step: lanes whose state fell too low take the next words in their order. `below`: the lanes before this one.
+// One step: lanes whose state fell too low take the next words in their order; the others read one too, which costs
+// less than not to. `below`: the lanes before this one.
 __device__ __forceinline__ void rans_refill(uint32_t& state, uint32_t& at, uint32_t below) {
   asm volatile(
       "{.reg .pred low; .reg .u32 all, rank, place, word;\n\t"
@@ -79,7 +141,7 @@ __device__ __forceinline__ void rans_refill(uint32_t& state, uint32_t& at, uint3
       "and.b32 rank, all, %2;\n\t"
       "popc.b32 rank, rank;\n\t"
       "mad.lo.u32 place, rank, 2, %1;\n\t"
-      "@low ld.shared.u16 word, [place];\n\t"
+      "ld.shared.u16 word, [place];\n\t"
       "@low mad.lo.u32 %0, %0, 65536, word;\n\t"
       "popc.b32 all, all;\n\t"
       "mad.lo.u32 %1, all, 2, %1;}"
@@ -87,154 +149,231 @@ __device__ __forceinline__ void rans_refill(uint32_t& state, uint32_t& at, uint3
       : "r"(below));
 }
 
-// Where the sections of a band lie.
-struct RansBand {
-  const uint8_t *coded, *raw, *escapes;
-  uint32_t word_bytes, listed, rows;
-  bool sound;  // all of it lies within the stream
-
-  __device__ RansBand(const Plan& plan, Bytes stream, uint32_t tile, uint32_t tile_row, uint32_t index) {
-    const uint64_t record = HEADER_BYTES + TABLE_BYTES + (uint64_t)RECORD_BYTES * tile;
-    const uint64_t offset = stream.load(record, 8), size = stream.u32(record + 16);
-    const Bytes data = stream.part(offset, size);
-    const uint32_t tile_rows = min(TILE, plan.rows - tile_row * TILE), bands = (tile_rows + BAND_ROWS - 1) / BAND_ROWS;
-    uint64_t start = align16(8 * bands);
-    uint32_t coded_bytes = 0;
-    listed = 0;
-    for (uint32_t b = 0; b <= index; b++) {
-      if (b > 0) start += align16(coded_bytes) + BAND_ROWS * TILE + align16(listed);
-      coded_bytes = data.u32(8 * b), listed = data.u32(8 * b + 4);
-    }
-    rows = min(BAND_ROWS, tile_rows - index * BAND_ROWS);
-    const uint64_t raw_at = start + align16(coded_bytes), end = raw_at + rows * TILE + listed;
-    sound = data.len == size && (offset & 15) == 0 && coded_bytes >= 4 * LANES && end <= data.len;
-    coded = data.p + start, raw = data.p + raw_at, escapes = raw + rows * TILE, word_bytes = coded_bytes - 4 * LANES;
+// Where band `index` of a tile lies, from the tile's record.
+__device__ inline RansPlace rans_place(const Plan& plan, Bytes stream, uint32_t tile, uint32_t tile_row,
+                                       uint32_t index) {
+  const uint64_t record = HEADER_BYTES + TABLE_BYTES + (uint64_t)RECORD_BYTES * tile;
+  const uint64_t offset = stream.load(record, 8), size = stream.u32(record + 16);
+  const Bytes data = stream.part(offset, size);
+  const uint32_t tile_rows = min(TILE, plan.rows - tile_row * TILE), bands = (tile_rows + BAND_ROWS - 1) / BAND_ROWS;
+  uint64_t start = align16(8 * bands);
+  uint32_t coded_bytes = 0, listed = 0;
+  for (uint32_t b = 0; b <= index; b++) {
+    if (b > 0) start += align16(coded_bytes) + BAND_ROWS * TILE + align16(listed);
+    coded_bytes = data.u32(8 * b), listed = data.u32(8 * b + 4);
   }
-};
+  const uint32_t rows = min(BAND_ROWS, tile_rows - index * BAND_ROWS);
+  const uint64_t end = start + align16(coded_bytes) + rows * TILE + listed;
+  const bool sound = data.len == size && (offset & 15) == 0 && coded_bytes >= 4 * LANES && end <= data.len &&
+                     offset + start < 1ull << 36 &&
+                     plan.scales + plan.rows + plan.cols <= stream.len;  // levels, if there are any
+  return {(uint32_t)((offset + start) / 16), coded_bytes - 4 * LANES, listed, sound};
+}
 
 // Sixteen bytes to shared memory, zeros if not `there`.
 __device__ __forceinline__ void async_copy16_or_zeros(uint32_t dst, const void* src, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0) : "memory");
 }
 
-// The words of a band on their way through the warp's ring.
-struct RansWords {
-  const uint8_t* from;                           // this lane's part of the first chunk
-  uint32_t bytes, place, ring, at, sent, taken;  // `place`: of the lane in the ring; `sent`, `taken`: bytes
+// The words of a band from word `gone` on, and the raw bits of a part, on their way through the warp's rings.
+struct RansRings {
+  const uint8_t *from, *raw_from;  // the lane's part of what is fetched next
+  int32_t left, raw_left;          // bytes from there on
+  uint32_t ring, oldest, at;       // the chunk that `at`, the place of the next word, is in
 
-  __device__ RansWords(const RansBand& band, uint32_t ring_)
-      : from(band.coded + 4 * LANES + threadIdx.x % 32 * 16), ring(ring_), sent(0), taken(0) {
-    place = ring + threadIdx.x % 32 * 16;
-    bytes = band.word_bytes - min(band.word_bytes, threadIdx.x % 32 * 16);  // from the lane's part on
-    __syncwarp();                                                           // the last band's words have been read
-    for (int i = 0; i < 4; i++) fetch(), async_commit();
-  }
-  __device__ __forceinline__ void fetch() {
-    const uint32_t slot = sent % RANS_RING;
-    const bool there = sent < bytes;
-    async_copy16_or_zeros(place + slot, from + sent, there);
-    if (slot == 0) async_copy16_or_zeros(place + RANS_RING, from + sent, there);
-    sent += RANS_CHUNK;
-  }
-  // Before two rows: the chunk of the next word and the one after it are there. A chunk is fetched into the place of
-  // one that has been used up, at most one each time; those of the last two times may still be on their way.
-  __device__ __forceinline__ void begin() {
-    __syncwarp();
-    if (taken + RANS_RING - sent >= RANS_CHUNK) fetch();
+  __device__ RansRings(const uint8_t* words, uint32_t word_bytes, uint32_t gone, const uint8_t* raw, uint32_t raw_bytes,
+                       uint32_t ring_)
+      : ring(ring_), oldest(ring_), at(0) {
+    const uint32_t skip = 2 * gone / 16 * 16 + threadIdx.x % 32 * 16;
+    from = words + skip, raw_from = raw + threadIdx.x % 32 * 16;
+    left = (int32_t)(min(word_bytes, MOST) - skip), raw_left = (int32_t)(raw_bytes - threadIdx.x % 32 * 16);
+    __syncwarp();  // the last part's have been read
+    fetch(), fetch(), fetch_raw(0), fetch(), fetch();
     async_commit();
-    async_wait<2>();
-    __syncwarp();
-    at = ring + taken % RANS_RING;
+    at = ring + 2 * gone % 16;
   }
-  __device__ __forceinline__ void end() { taken += at - (ring + taken % RANS_RING); }
+  // Another chunk into the place of the oldest.
+  __device__ __forceinline__ void fetch() {
+    const uint32_t to = oldest + lane_again() * 16;
+    async_copy16_or_zeros(to, from, left > 0);
+    if (oldest < ring + 2 * RANS_CHUNK) async_copy16_or_zeros(to + RANS_RING, from, left > 0);
+    from += RANS_CHUNK, left -= RANS_CHUNK, oldest += RANS_CHUNK;
+    if (oldest == ring + RANS_RING) oldest = ring, at -= RANS_RING;
+  }
+  // The next four rows' to `slot`: 0 or RANS_FOUR.
+  __device__ __forceinline__ void fetch_raw(uint32_t slot) {
+    const uint32_t to = ring + RANS_RAW + lane_again() * 16 + slot;
+    async_copy16_or_zeros(to, raw_from, raw_left > 0);
+    async_copy16_or_zeros(to + 512, raw_from + 512, raw_left > 512);
+    raw_from += RANS_FOUR, raw_left -= RANS_FOUR;
+  }
+  // Before four rows, whose raw bits are at `slot`: these and two chunks from the next word on are there. What is
+  // fetched now may still be on its way, but for a second chunk, which hardly ever is to be fetched: then it is waited
+  // for.
+  __device__ __forceinline__ void begin(uint32_t slot) {
+    __syncwarp();
+    fetch_raw(slot ^ RANS_FOUR);
+    if (at >= oldest + RANS_CHUNK) fetch();
+    if (at >= oldest + RANS_CHUNK) {
+      fetch();
+      async_commit();
+      async_wait<0>();
+    }
+    async_commit();
+    async_wait<1>();
+    __syncwarp();
+  }
+  // Bytes of words before the next one.
+  __device__ __forceinline__ uint32_t taken(uint32_t word_bytes) const {
+    return min(word_bytes, MOST) - left - threadIdx.x % 32 * 16 - RANS_RING + at - oldest;
+  }
+  static constexpr uint32_t MOST = 1 << 20;  // of words that a band could take
 };
 
-// The weights of two columns from their exponents and raw bytes.
+// Raw bits of a lane's columns in two rows, of four steps: those of the first row in the low halves. `at`: where this
+// lane looks for sixteen bytes of the first row, if it is an even one, or of the second.
+__device__ __forceinline__ void load_raw(uint32_t (&raw)[RANS_STEPS], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw[0]), "=r"(raw[1]), "=r"(raw[2]), "=r"(raw[3])
+               : "r"(at)
+               : "memory");
+}
+
+// The weights of two columns from their exponents and raw bytes, each of these twice.
 __device__ __forceinline__ uint32_t join_bf16(uint32_t raw, uint32_t exponents) {
   uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(__byte_perm(raw, 0, 0x1100)), "r"(exponents), "n"(0x807F807F));
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(raw), "r"(exponents), "n"(0x807F807F));
   return d;
 }
 
-// Decodes band `index` of the tile in that place with one warp, whose ring is at `ring`.
-// sink(row, weights, two): two rows of the band, or its last one.
-template <bool LEVELS, class Sink>
-__device__ __forceinline__ void rans_band(const Plan& plan, Bytes stream, const RansTables& tables, uint32_t ring,
-                                          uint32_t tile_row, uint32_t tile_col, uint32_t index, const Sink& sink,
+// A part of a band, as one warp decodes it.
+struct RansWork {
+  uint32_t top, rows;      // the first row in the matrix; how many there are
+  uint32_t band_row, col;  // the band's place in the matrix
+  const RansPart* before;  // null for a band's first part
+  bool last;               // of the band
+};
+
+// Exponents that are escapes, a few in ten thousand, are read from the band's list.
+template <uint32_t ROWS>
+__device__ __forceinline__ void take_escapes(uint32_t (&e)[2][RANS_STEPS], uint32_t& escape, const uint8_t* escapes,
+                                             uint32_t count, uint32_t below) {
+  constexpr uint32_t ALL_STEPS = ROWS * RANS_STEPS;
+#pragma unroll 1
+  for (uint32_t step = 0; step < ALL_STEPS; step++) {
+    uint32_t exponents = e[0][0];
+    if (__any_sync(ALL, exponents & 0x10001)) {
+      const uint32_t one = __ballot_sync(ALL, exponents & 1), other = __ballot_sync(ALL, exponents & 0x10000);
+      uint32_t at = escape + __popc(one & below) + __popc(other & below);
+      const auto listed = [&](uint32_t at) { return at < count ? (uint32_t)__ldg(escapes + at) : 0; };
+      if (exponents & 1) exponents = (exponents & ~0x7f80u) | listed(at++) << 7;
+      if (exponents & 0x10000) exponents = (exponents & ~0x7f800000u) | listed(at) << 23;
+      escape += __popc(one) + __popc(other);
+    }
+    // The first becomes the last, until it is the first again: registers have no index.
+#pragma unroll
+    for (uint32_t i = 0; i + 1 < ALL_STEPS; i++)
+      e[i / RANS_STEPS][i % RANS_STEPS] = e[(i + 1) / RANS_STEPS][(i + 1) % RANS_STEPS];
+    e[ROWS - 1][RANS_STEPS - 1] = exponents;
+  }
+}
+
+// Decodes it, with the warp's ring. sink(row, weights, two): two rows of the part, or its last one;
+// sink.meanwhile(step, row, first): while the first of them is decoded, or the third of four; sink.end(rows): after
+// all. before(row, state, rings, escapes): what has gone by before a row of the part.
+template <bool LEVELS, class Sink, class Before>
+__device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const RansPlace& band, const RansTable& table,
+                                          uint32_t ring, const RansWork& work, Sink& sink, const Before& before,
                                           uint32_t* status) {
-  const uint32_t lane = threadIdx.x % 32, below = (1u << lane) - 1, tile = tile_row * plan.tile_cols + tile_col;
-  const RansBand band(plan, stream, tile, tile_row, index);
-  const uint32_t rows = band.rows;
+  const uint32_t lane = stream_lane(), below = kept(stream_lanes_before()), rows = work.rows;
+  const uint32_t tile = work.band_row / 4 * plan.tile_cols + work.col;
   RansRows weights;
   if (!band.sound) {
     for (uint32_t i = 0; i < RANS_STEPS; i++) weights[0][i] = weights[1][i] = 0;
-    for (uint32_t row = 0; row < rows; row += 2) sink(row, weights, row + 1 < rows);
+#pragma unroll 1
+    for (uint32_t row = 0; row < rows; row += 2) {
+      for (uint32_t s = 0; s < RANS_STEPS; s++) sink.meanwhile(s, row, row % 4 == 0);
+      sink(row, weights, row + 1 < rows);
+    }
+    sink.end(rows);
     if (lane == 0) atomicMin(status, tile * 8 + UNFINISHED);
     return;
   }
-  RansWords words(band, ring);
-  uint32_t state = __ldg((const uint32_t*)band.coded + lane);
-  const uint8_t* const raw_of_lane = band.raw + 2 * lane;
-  const auto raw_of = [&](uint32_t row, uint32_t s) {
-    return (uint32_t)__ldg((const uint16_t*)(raw_of_lane + min(row, rows - 1) * TILE + 64 * s));
-  };
-  uint32_t raw[2][RANS_STEPS];
-#pragma unroll
-  for (uint32_t i = 0; i < 8; i++) raw[i / 4][i % 4] = raw_of(i / 4, i % 4);
-  // Levels: of the rows 2 lane and 2 lane + 1, and of the lane's columns, one in each half.
+  const uint8_t* const coded = stream.p + 16ull * band.coded;
+  const uint32_t gone = work.before ? __ldg(&work.before->words) : 0;
+  uint32_t escape = work.before ? __ldg(&work.before->escapes) : 0;
+  uint32_t state = __ldg((work.before ? work.before->states : (const uint32_t*)coded) + lane);
+  const uint32_t above = work.top - work.band_row * BAND_ROWS;  // rows of the band before the part
+  const uint8_t* const raws = coded + 4 * LANES + (band.word_bytes + 15) / 16 * 16;
+  const uint8_t* const escapes = raws + min(BAND_ROWS, plan.rows - work.band_row * BAND_ROWS) * TILE;  // of the band
+  if (escape < band.listed) asm volatile("prefetch.global.L1 [%0];" ::"l"(escapes + escape));
+  RansRings rings(coded + 4 * LANES, band.word_bytes, gone, raws + above * TILE, rows * TILE, ring);
+  const uint32_t matrix = threadIdx.x % 32 / 8, line = threadIdx.x % 8;
+  const uint32_t raw_of_lane = kept(ring + RANS_RAW + line % 2 * TILE + 64 * matrix + line / 2 * 16);
+  // Levels, times eight: of the rows 2 i and 2 i + 1 in the lane i, and of the lane's columns, one in each half.
   uint32_t of_rows = 0, of_cols[RANS_STEPS];
   if (LEVELS) {
-    const uint64_t row = plan.scales + tile_row * TILE + index * BAND_ROWS + 2 * lane;
-    of_rows = (uint32_t)(stream.load(row, 1) | stream.load(row + 1, 1) << 8);
+    // Past the last row are levels of columns.
+    const uint32_t pair = 2 * (threadIdx.x % 32);
+    const uint8_t *const of_row = stream.p + plan.scales + work.top + pair, *const of_col = stream.p + plan.scales +
+                                                                                            plan.rows +
+                                                                                            work.col * TILE + 2 * lane;
+    if (pair < rows) of_rows = (__ldg(of_row) | __ldg(of_row + 1) << 16) * 8;
 #pragma unroll
-    for (uint32_t s = 0; s < RANS_STEPS; s++) {
-      const uint64_t col = plan.scales + plan.rows + tile_col * TILE + 64 * s + 2 * lane;
-      of_cols[s] = (uint32_t)(stream.load(col, 1) | stream.load(col + 1, 1) << 16);
-    }
+    for (uint32_t s = 0; s < RANS_STEPS; s++)
+      of_cols[s] = kept((__ldg(of_col + 64 * s) | __ldg(of_col + 64 * s + 1) << 16) * 8);
   }
-  uint32_t escape = 0;
-#pragma unroll 1
-  for (uint32_t row = 0; row < rows; row += 2) {
-    words.begin();
-    const bool two = row + 1 < rows;
+  uint32_t row = 0, slot = 0;
+  const auto two_rows = [&](const bool first) {
     const uint32_t of_two = LEVELS ? __shfl_sync(ALL, of_rows, row / 2) : 0;
-#pragma unroll
-    for (uint32_t r = 0; r < 2; r++) {
-      if (r == 1 && !two) break;
-      const uint32_t of_row = LEVELS ? __byte_perm(of_two, 0, r == 0 ? 0x4040 : 0x4141) : 0;
-      uint32_t e[RANS_STEPS], marks = 0;
+    uint32_t e[2][RANS_STEPS], marks = 0, raw[RANS_STEPS];
+    const auto decode_row = [&](const uint32_t r) {
+      const uint32_t of_row = LEVELS ? __byte_perm(of_two, 0, r == 0 ? 0x1010 : 0x3232) : 0;
 #pragma unroll
       for (uint32_t s = 0; s < RANS_STEPS; s++) {
-        const uint32_t entry = tables.entry(state);
-        e[s] = tables.exponents(entry);
-        state = (entry & 4095) * (state >> 12) + (entry >> 20);
-        rans_refill(state, words.at, below);
-        marks |= e[s];
-        // Carries over an exponent's end go to a bit that the sign replaces.
-        if (LEVELS)
-          asm("mad.lo.u32 %0, %1, 8, %0;" : "+r"(e[s]) : "r"(__vminu2(of_cols[s] + of_row, 0x00ff00ff) & 0x00f000f0));
+        const uint32_t slot = table.slot(state);
+        e[r][s] = table.exponents(slot);
+        state = (slot & 4095) * (state >> 12) + (slot >> 20);
+        rans_refill(state, rings.at, below);
+        marks |= e[r][s];
+        if (LEVELS) e[r][s] += of_cols[s] + of_row;
+        if (r == 0) sink.meanwhile(s, row, first);
       }
-      if (__any_sync(ALL, marks & 0x10001)) {  // a few rows in a hundred
+    };
+    const auto join_row = [&](const uint32_t r) {
 #pragma unroll
-        for (uint32_t s = 0; s < RANS_STEPS; s++) {
-          const uint32_t one = __ballot_sync(ALL, e[s] & 1), other = __ballot_sync(ALL, e[s] & 0x10000);
-          uint32_t i = escape + __popc(one & below) + __popc(other & below);
-          const auto listed = [&](uint32_t i) { return i < band.listed ? (uint32_t)__ldg(band.escapes + i) : 0; };
-          if (e[s] & 1) e[s] = (e[s] & ~0x7f80u) | listed(i++) << 7;
-          if (e[s] & 0x10000) e[s] = (e[s] & ~0x7f800000u) | listed(i) << 23;
-          escape += __popc(one) + __popc(other);
-        }
-      }
-#pragma unroll
-      for (uint32_t s = 0; s < RANS_STEPS; s++) {
-        weights[r][s] = join_bf16(raw[r][s], e[s]);
-        raw[r][s] = raw_of(row + 2 + r, s);
-      }
+      for (uint32_t s = 0; s < RANS_STEPS; s++)
+        weights[r][s] = join_bf16(__byte_perm(raw[s], 0, r == 0 ? 0x1100 : 0x3322), e[r][s]);
+    };
+    const uint32_t raw_at = raw_of_lane + slot + (first ? 0 : 2 * TILE);
+    decode_row(0);
+    if (row + 1 == rows) {
+      if (__any_sync(ALL, marks & 0x10001)) take_escapes<1>(e, escape, escapes, band.listed, below);
+      load_raw(raw, raw_at);
+      join_row(0);
+      weights[1][0] = weights[1][1] = weights[1][2] = weights[1][3] = 0;
+      sink(row, weights, false);
+    } else {
+      decode_row(1);
+      if (__any_sync(ALL, marks & 0x10001)) take_escapes<2>(e, escape, escapes, band.listed, below);
+      load_raw(raw, raw_at);
+      join_row(0), join_row(1);
+      sink(row, weights, true);
     }
-    words.end();
-    sink(row, weights, two);
+    row += 2;
+  };
+#pragma unroll 1
+  for (;; slot ^= RANS_FOUR) {
+    before(row, state, rings, escape);
+    rings.begin(slot);
+    two_rows(true);
+    if (row >= rows) break;
+    two_rows(false);
+    if (row >= rows) break;
   }
-  const bool finished = __all_sync(ALL, state == LOW) && words.taken == band.word_bytes;
+  sink.end(rows);
+  if (!work.last) return;
+  const bool finished = __all_sync(ALL, state == LOW) && rings.taken(band.word_bytes) == band.word_bytes;
   if (lane == 0 && (!finished || escape != band.listed)) {
     atomicMin(status, tile * 8 + (finished ? ESCAPE_COUNT : UNFINISHED));
   }

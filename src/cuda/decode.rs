@@ -12,7 +12,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchConfig,
 use super::kernels::{Kernels, driver};
 use super::memory::rows_within;
 use super::plan::{AS_STORED, INTEGERS, Plan, UNROUNDED};
-use super::rans::Bands;
+use super::rans::{BandIndex, Bands};
 use super::scratch::WORKSPACE;
 use super::upload::upload;
 use crate::codec::band::{ESCAPE_COUNT, UNFINISHED};
@@ -43,8 +43,8 @@ pub struct DeviceStream {
     geometry: Geometry,
     /// Whether it is what `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
     usual: bool,
-    /// What its bands are, if `kernels/rans.cu` takes them.
-    bands: Option<Bands>,
+    /// Where its bands are, if `kernels/rans.cu` takes them.
+    bands: Option<BandIndex>,
     /// Bytes of shared memory that decoding takes.
     shared: u32,
 }
@@ -70,14 +70,18 @@ impl DeviceStream {
         let table = if rans { TABLE } else { 0 };
         let bytes = upload(device, &kernels, stream.bytes())?;
         let status = driver(device.cuda_stream().clone_htod(&[FINE]))?;
+        let of_kernels = Plan::of(stream);
+        let bands = Bands::of(plan, geometry, stream.scales())
+            .map(|of| BandIndex::new(device, &kernels, of, geometry, &bytes, &of_kernels, &status))
+            .transpose()?;
         Ok(DeviceStream {
             device: device.clone(),
             kernels,
             bytes,
             status,
-            plan: Plan::of(stream),
+            plan: of_kernels,
             usual: Plan::usual(plan),
-            bands: Bands::of(plan, geometry),
+            bands,
             dtype: plan.dtype,
             geometry,
             shared: (SCRATCH + table + 4 * buffer) as u32,
@@ -101,7 +105,7 @@ impl DeviceStream {
 
     /// Bytes that it takes.
     pub fn stored_bytes(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.bands.as_ref().map_or(0, BandIndex::bytes)
     }
 
     pub(super) fn bytes(&self) -> &CudaSlice<u8> {
@@ -120,8 +124,8 @@ impl DeviceStream {
         self.usual
     }
 
-    pub(super) fn bands(&self) -> Option<Bands> {
-        self.bands
+    pub(super) fn bands(&self) -> Option<&BandIndex> {
+        self.bands.as_ref()
     }
 
     pub(super) fn shared(&self) -> u32 {

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, DeviceRepr, sys};
+use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, sys};
 
 use super::family::{Family, TILE_ROWS, UNIT_COLS, stages};
 use super::kernels::{Kernels, driver};
@@ -241,6 +241,13 @@ pub(super) struct Grid {
     pub blocks: [u32; 3],
     pub threads: u32,
     pub shared: u32,
+}
+
+impl Grid {
+    /// For launches without attributes.
+    pub fn config(self) -> LaunchConfig {
+        LaunchConfig { grid_dim: self.blocks.into(), block_dim: (self.threads, 1, 1), shared_mem_bytes: self.shared }
+    }
 }
 
 /// Enqueues a product.
