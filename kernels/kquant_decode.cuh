@@ -16,9 +16,14 @@ __device__ __forceinline__ void fetch_unit(uint32_t to, const uint8_t* stage, in
   async_commit();
 }
 
-// Calls use(h, column in the unit, four weights) for each run of four of the lane's.
+// Neighbouring weights of a lane: 16 bytes of 16-bit values, or 8.
+template <class L>
+constexpr int RUN = L::GROUP == 16 ? 4 : 8;
+
+// Calls use(h, column in the unit, RUN weights) for each run of the lane's.
 template <class L, class Use>
 __device__ __forceinline__ void unit_values(uint32_t at, int u, int lane, Use use) {
+  constexpr int N = RUN<L>;
   const int g = lane >> 2, t = lane & 3;
   typename L::S scales;
   scales.load(at + L::C::BYTES, at + L::UNIT_BYTES, u, g);
@@ -27,34 +32,49 @@ __device__ __forceinline__ void unit_values(uint32_t at, int u, int lane, Use us
     uint32_t a[8];
     L::C::expand(L::C::load(at, lane, j), TWO_128, a);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int run = 0; run < 8 / N; run++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float scale, min, v[4];
-        scales.template of<true>(L::GROUP == 16 ? 2 * j + half : j, h, scale, min);
+        float scale, min, v[N];
+        scales.template of<true>(L::GROUP == 16 ? 2 * j + run : j, h, scale, min);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const uint32_t two = a[4 * half + 2 * (e / 2) + h];
+        for (int e = 0; e < N; e++) {
+          const uint32_t two = a[4 * run + 2 * (e / 2) + h];
           v[e] = L::value(__uint_as_float(e & 1 ? two & 0xFFFF0000u : two << 16), scale, min);
         }
-        use(h, 32 * j + column_of<L::GROUP>(4 * half, t), v);
+        use(h, 32 * j + column_of<L::GROUP>(4 * run, t), v);
       }
   }
 }
 
-// Four neighbouring values of a row of `cols`, the first at column k.
-__device__ __forceinline__ void store_four(void* row, int k, int cols, int type, bool aligned, const float (&v)[4]) {
-  if (!aligned || k + 4 > cols) {
+// Two values as the 16-bit type, the first below.
+__device__ __forceinline__ uint32_t two_rounded(float first, float second, int type) {
+  uint32_t two;
+  if (type == F16)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
+  return two;
+}
+
+// N neighbouring values of a row of `cols`, the first at column k.
+template <int N>
+__device__ __forceinline__ void store_run(void* row, int k, int cols, int type, bool aligned, const float (&v)[N]) {
+  if (!aligned || k + N > cols) {
 #pragma unroll
-    for (int e = 0; e < 4; e++)
+    for (int e = 0; e < N; e++)
       if (k + e < cols) store_value(row, k + e, type, v[e]);
   } else if (type == F32) {
-    *(float4*)((float*)row + k) = make_float4(v[0], v[1], v[2], v[3]);
-  } else {
-    uint32_t w[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) w[e] = type == F16 ? float_to_half(v[e]) : float_to_bf16(v[e]);
-    *(uint2*)((uint16_t*)row + k) = make_uint2(w[0] | w[1] << 16, w[2] | w[3] << 16);
+    for (int e = 0; e < N; e += 4) *(float4*)((float*)row + k + e) = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
+  } else {
+    uint32_t w[N / 2];
+#pragma unroll
+    for (int e = 0; e < N; e += 2) w[e / 2] = two_rounded(v[e], v[e + 1], type);
+    if constexpr (N == 8)
+      *(uint4*)((uint16_t*)row + k) = make_uint4(w[0], w[1], w[2], w[3]);
+    else
+      *(uint2*)((uint16_t*)row + k) = make_uint2(w[0], w[1]);
   }
 }
 
@@ -74,10 +94,10 @@ __device__ __forceinline__ void decode_groups(const uint8_t* weights, void* out,
   wait_for_previous_kernel();  // which may still be reading what `out` held
   async_wait<0>();
   __syncwarp();
-  unit_values<L>(at, u, lane, [&](int h, int col, const float (&v)[4]) {
+  unit_values<L>(at, u, lane, [&](int h, int col, const float (&v)[RUN<L>]) {
     const int row = tile * TILE_ROWS + (lane >> 2) + 8 * h, k = (stage * L::UNITS + u) * UNIT_COLS + col;
     if (row < rows)
-      store_four((uint8_t*)out + (size_t)(row - tile0 * TILE_ROWS) * stride * size, k, cols, type, aligned, v);
+      store_run((uint8_t*)out + (size_t)(row - tile0 * TILE_ROWS) * stride * size, k, cols, type, aligned, v);
   });
 }
 
@@ -100,8 +120,8 @@ __device__ __forceinline__ void decode_group_ids(const uint8_t* weights, const u
   fetch_unit<L>(at, weights + id / TILE_ROWS * shape.tile_bytes() + stage * Shape<L>::stage_bytes(), units, u, lane);
   async_wait<0>();
   __syncwarp();
-  unit_values<L>(at, u, lane, [&](int h, int col, const float (&v)[4]) {
-    if ((lane >> 2) + 8 * h == (int)(id % TILE_ROWS)) store_four(line, first + col, cols, type, false, v);
+  unit_values<L>(at, u, lane, [&](int h, int col, const float (&v)[RUN<L>]) {
+    if ((lane >> 2) + 8 * h == (int)(id % TILE_ROWS)) store_run(line, first + col, cols, type, false, v);
   });
 }
 

@@ -8,8 +8,8 @@
 // What all of them have.
 #define BLOCK_LAYOUT(NAME, L)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
-      NAME##_repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights) {                                     \
-    repack_stage<L>(blocks, rows, cols, weights);                                                                      \
+      NAME##_repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights, uint32_t* not_finite) {               \
+    repack_stage<L>(blocks, rows, cols, weights, not_finite);                                                          \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       NAME##_decode(const uint8_t* weights, void* out, int out_type, int rows, int cols, int stride, int tile0) {      \
@@ -37,16 +37,20 @@
 #define KQUANT_LAYOUT(NAME, L)                                                                                      \
   BLOCK_LAYOUT(NAME, L)                                                                                             \
   WARPGROUP_PRODUCTS(NAME, L, group_warpgroup_product)                                                              \
-  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_product_1(const __grid_constant__ Product p) {      \
-    narrow_product<L, 1, true>(p);                                                                                  \
+  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                               \
+      NAME##_product_1(const __grid_constant__ Product p) {                                                         \
+    group_product<L, 1, true, teams<L>()>(p);                                                                       \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(BLOCK, 1) NAME##_joined_1(const __grid_constant__ Products p) {      \
+  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                               \
+      NAME##_joined_1(const __grid_constant__ Products p) {                                                         \
     const Product mine = p.mine();                                                                                  \
-    narrow_product<L, 1, true>(mine);                                                                               \
+    group_product<L, 1, true, teams<L>()>(mine);                                                                    \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
     group_row_scales<L>(blocks, cols, out);                                                                         \
   }
 
 // Groups of 128, a row of a unit.
-#define INT4_LAYOUT(NAME, L) BLOCK_LAYOUT(NAME, L) WARPGROUP_PRODUCTS(NAME, L, warpgroup_product)
+#define INT4_LAYOUT(NAME, L) \
+  BLOCK_LAYOUT(NAME, L)      \
+  WARPGROUP_PRODUCTS(NAME, L, warpgroup_product)

@@ -118,9 +118,11 @@ using LayoutQ80 = KQuant<Block32<8, false>, 8, Halves<false>>;
 using LayoutInt4G128 = KQuant<Int4G128, 4, Zeros>;
 
 // Blocks of `rows` whole rows as the file has them, one row after another, to tiles. A block of 256 threads for each
-// stage, a warp for each unit; `weights` points at the first tile of these rows. cols: whole blocks.
+// stage, a warp for each unit; `weights` points at the first tile of these rows. cols: whole blocks. *not_finite
+// becomes 1 if a scale or minimum is infinite or none.
 template <class L>
-__device__ __forceinline__ void repack_stage(const uint8_t* blocks, int rows, int cols, uint8_t* weights) {
+__device__ __forceinline__ void repack_stage(const uint8_t* blocks, int rows, int cols, uint8_t* weights,
+                                             uint32_t* not_finite) {
   using F = typename L::Source;
   constexpr int LEN = F::Group::LEN;
   const int lane = threadIdx.x & 31, u = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -145,11 +147,17 @@ __device__ __forceinline__ void repack_stage(const uint8_t* blocks, int rows, in
       L::C::store(unit, lane, j, codes);
     }
     const uint8_t zeros[L::UNIT_BYTES > 0 ? 256 : 1] = {};
-    if (lane < TILE_ROWS)
+    if (lane < TILE_ROWS) {
+      uint32_t odd = 0;
       L::S::store(unit + L::C::BYTES, out + units * L::UNIT_BYTES, u, lane, [&](int group) {
         const int col = first + group * L::GROUP;
-        return typename F::Group{inside(lane, col) ? block_at(lane, col) : zeros, col % LEN / L::GROUP};
+        const typename F::Group of{inside(lane, col) ? block_at(lane, col) : zeros, col % LEN / L::GROUP};
+        odd |= (of.d() & 0x7C00) == 0x7C00;
+        if constexpr (L::MINS && LEN != 128) odd |= (of.dmin() & 0x7C00) == 0x7C00;
+        return of;
       });
+      if (odd) *not_finite = 1;
+    }
   }
 }
 

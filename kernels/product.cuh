@@ -1,5 +1,5 @@
 // y (batch x rows) = x (batch x cols) W^T (+ bias): decode in registers, multiply on tensor cores. Up to 16 columns of
-// activations.
+// activations. Layouts with groups: kquant_narrow.cuh.
 //
 // Work split   one block per SM takes a run of whole tiles (16 rows) and one of `slabs` slabs of the columns, cut at
 //              stages.
@@ -30,8 +30,7 @@
 
 namespace taper {
 
-// SINGLE: one column of activations, for layouts with groups (see multiply_single).
-template <class L, int NB, bool SINGLE = false>
+template <class L, int NB>
 __device__ __forceinline__ void narrow_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
@@ -51,7 +50,6 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
   load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
                                      part.width(), tid);
-  if (SINGLE && tid < 16) sts32(xs + stride - 64 + 4 * tid, 0);
   async_commit();
   ring.start(p, part, warp, lane);
 #if __CUDA_ARCH__ >= 900
@@ -68,41 +66,28 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
   float c0[NB][4], c1[NB][4];
 #pragma unroll
   for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
-  const uint32_t zeros = xs + stride - 64;  // SINGLE: what lies between rows of x
 
   for (int tile = 0, kept = 0; tile < part.tiles; tile++) {
     for (int s = 0; s < part.stages; s++) {
       const int units = part.shape.units_of(part.stage0 + s);
       uint4 x[4];
       uint32_t at = (s * L::UNITS + warp) * (UNIT_COLS * 2);
-      if (NB == 1 && !SINGLE && warp < units) {  // before the wait: these are here already
+      if (NB == 1 && warp < units) {  // before the wait: these are here already
 #pragma unroll
         for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
       }
       ring.wait();
       for (int u = warp; u < units; u += CONSUMERS, at += CONSUMERS * UNIT_COLS * 2) {
-        if (L::UNITS > CONSUMERS && NB == 1 && !SINGLE && u != warp) {
+        if (L::UNITS > CONSUMERS && NB == 1 && u != warp) {
 #pragma unroll
           for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
         }
-        if constexpr (SINGLE) {
-          const auto masked = [&](int j) { return single_fragment<L>(x_row[0] + at, zeros, j, g); };
-          multiply_single<L>(ring.unit(warp, u), ring.trailer(warp, units), u, lane, c0, masked,
-                             [&](int j, int) { return lds_fragment<L>(x_row[0] + at + j * 64); });
-        } else {
-          multiply_unit<L, NB>(ring.unit(warp, u), ring.trailer(warp, units), u, lane, p.overflow, c0, c1,
-                             [&](int j, int nb) {
-                               return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
-                             });
-        }
+        multiply_unit<L, NB>(
+            ring.unit(warp, u), ring.trailer(warp, units), u, lane, p.overflow, c0, c1, [&](int j, int nb) {
+              return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
+            });
       }
       ring.done(p, part, warp, lane);
-    }
-    if constexpr (SINGLE) {  // all columns are one
-      c0[0][0] += c0[0][1], c0[0][2] += c0[0][3];
-#pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        for (int d = 1; d < 4; d *= 2) c0[0][i] += __shfl_xor_sync(~0u, c0[0][i], d);
     }
     // sums[kept][warp][column][row]
     const uint32_t mine = sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4;

@@ -68,10 +68,43 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Half of it: A (16 x 8, rows) * B (8 x 8, columns).
+__device__ __forceinline__ void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+// v in a register for good. ptxas would rather compute a constant of the lane again, wherever it is used; through a
+// shuffle it cannot see.
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  uint32_t kept;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=r"(kept) : "r"(v));
+  return kept;
+}
+
 // Named barrier of the first `threads` threads (a multiple of 32) that meet it.
 template <int ID, int THREADS>
 __device__ __forceinline__ void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+// The same, its number not known at compile time.
+template <int THREADS>
+__device__ __forceinline__ void bar_sync_of(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+// Whether `flag` is true for any of the threads that meet at the barrier.
+template <int ID, int THREADS>
+__device__ __forceinline__ bool bar_any(bool flag) {
+  uint32_t any;
+  asm volatile(
+      "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\tbar.red.or.pred q, %2, %3, p;\n\tselp.u32 %0, 1, 0, "
+      "q;\n\t}"
+      : "=r"(any)
+      : "r"((uint32_t)flag), "n"(ID), "n"(THREADS)
+      : "memory");
+  return any != 0;
 }
 
 // ---- asynchronous copies ----
@@ -111,6 +144,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_
           "r"(dst),
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
+}
+__device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+               "l"(src), "r"(bytes), "r"(bar)
+               : "memory");
 }
 #endif
 __device__ __forceinline__ void async_copy16(uint32_t dst, const void* src, uint64_t policy) {

@@ -33,12 +33,29 @@ struct Products {
 };
 
 constexpr int CONSUMERS = 8, CONSUMER_THREADS = 32 * CONSUMERS, BLOCK = CONSUMER_THREADS + 32;
+// Whether this is code for compute capability 9.0; the host is to ask the device.
+constexpr bool HOPPER =
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    false;
+#else
+    true;
+#endif
+// Teams of eight consumers that share a block's tiles. What a warp does with a unit of a layout with groups is a chain
+// of instructions that wait for one another: a second team hides that, a third gains nothing.
+template <class L>
+__host__ __device__ constexpr int teams(bool hopper = HOPPER) {
+  return L::GROUP >= 16 && hopper ? 2 : 1;
+}
+template <class L>
+__host__ __device__ constexpr int product_block() {
+  return CONSUMER_THREADS * teams<L>() + 32;
+}
 constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
 
 // On compute capability 8 each warp keeps its own copy of the trailer.
 template <class L>
-__host__ __device__ constexpr int slot_bytes() {
-  return ceil_div(L::UNITS * L::UNIT_BYTES + CONSUMERS * L::TRAILER, 128) * 128;
+__host__ __device__ constexpr int slot_bytes(bool hopper = HOPPER) {
+  return ceil_div(L::UNITS * L::UNIT_BYTES + (L::GROUP >= 16 && hopper ? 1 : CONSUMERS) * L::TRAILER, 128) * 128;
 }
 __host__ __device__ constexpr int activation_stride(int width) {
   return width * 2 + 64;
@@ -47,14 +64,27 @@ template <class L>
 __host__ __device__ constexpr int slab_width(int cols, int slabs) {
   return ceil_div(ceil_div(ceil_div(cols, UNIT_COLS), L::UNITS), slabs) * L::UNITS * UNIT_COLS;
 }
-__host__ __device__ constexpr int tiles_kept(int columns) { return columns <= 4 ? 8 : 32 / columns; }
-__host__ __device__ constexpr int sums_bytes(int keep, int columns) {
-  return keep * columns * CONSUMERS * TILE_ROWS * 4;
+// Tiles whose sums a team keeps.
+__host__ __device__ constexpr int tiles_kept(int columns, int teams = 1) {
+  return (columns <= 4 ? 8 : 32 / columns) / teams;
+}
+__host__ __device__ constexpr int sums_bytes(int keep, int columns, int teams = 1) {
+  return keep * columns * CONSUMERS * teams * TILE_ROWS * 4;
+}
+// Sums of groups of activations for each unit and column of them: kquant_product.cuh.
+template <class L>
+__host__ __device__ constexpr int group_sums_bytes() {
+  if constexpr (L::GROUP < 16)
+    return 0;
+  else
+    return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
 }
 template <class L>
-__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots) {
-  return slots * slot_bytes<L>() + BARRIER_BYTES + sums_bytes(tiles_kept(columns), columns) +
-         columns * activation_stride(slab_width<L>(cols, slabs));
+__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots, int teams,
+                                                       bool hopper) {
+  const int width = slab_width<L>(cols, slabs);
+  return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + sums_bytes(tiles_kept(columns, teams), columns, teams) +
+         columns * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>());
 }
 
 // Activations of vector j as B fragments: 16 bytes of a row of x from column 32j + 8t on, or with groups of 16 the two
@@ -100,7 +130,7 @@ struct Part {
 
 // ---- the ring of stages ----
 #if __CUDA_ARCH__ >= 900
-template <class L>
+template <class L, int TEAMS = 1>
 struct Ring {
   uint32_t base, full, empty, slot = 0, phase = 0;
   int slots;
@@ -120,34 +150,42 @@ struct Ring {
     const uint64_t policy = evict_first_policy();
     uint32_t landed = 0, landed_phase = 0;
     int ahead = 0;
-    for (int tile = 0; tile < part.tiles; tile++) {
+    const auto send = [&](const uint8_t* src, int s) {
+      if (ahead++ >= p.in_flight) {
+        mbarrier_wait(full + 8 * landed, landed_phase);
+        if (++landed == slots) landed = 0, landed_phase ^= 1;
+      }
+      mbarrier_wait(empty + 8 * slot, phase ^ 1);
+      const uint32_t bytes = part.shape.units_of(part.stage0 + s) * L::UNIT_BYTES + L::TRAILER;
+      mbarrier_expect(full + 8 * slot, bytes);
+      bulk_copy(base + slot * slot_bytes<L>(), src, bytes, full + 8 * slot, policy);
+      next();
+    };
+    for (int tile = 0; tile < part.tiles; tile += TEAMS) {
       const uint8_t* src =
           p.weights + (part.tile0 + tile) * part.shape.tile_bytes() + part.stage0 * Shape<L>::stage_bytes();
-      for (int s = 0; s < part.stages; s++, src += Shape<L>::stage_bytes()) {
-        if (ahead++ >= p.in_flight) {
-          mbarrier_wait(full + 8 * landed, landed_phase);
-          if (++landed == slots) landed = 0, landed_phase ^= 1;
-        }
-        mbarrier_wait(empty + 8 * slot, phase ^ 1);
-        const uint32_t bytes = part.shape.units_of(part.stage0 + s) * L::UNIT_BYTES + L::TRAILER;
-        mbarrier_expect(full + 8 * slot, bytes);
-        bulk_copy(base + slot * slot_bytes<L>(), src, bytes, full + 8 * slot, policy);
-        next();
-      }
+      const int together = min(TEAMS, part.tiles - tile);
+      for (int s = 0; s < part.stages; s++, src += Shape<L>::stage_bytes())
+        for (int k = 0; k < together; k++)
+          send(src + k * part.shape.tile_bytes(), s);  // stages of their tiles alternate
     }
   }
   __device__ void start(const Product&, const Part<L>&, int, int) {}
   __device__ void wait() { mbarrier_wait(full + 8 * slot, phase); }
-  __device__ void done(const Product&, const Part<L>&, int, int lane) {
+  // The team's next stage is `step` stages on: TEAMS, or as many as have a last tile.
+  __device__ void done(const Product&, const Part<L>&, int, int lane, int step = TEAMS) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty + 8 * slot);
-    next();
+    if (TEAMS == 1)
+      next();
+    else if ((int)(slot += step) >= slots)
+      slot -= slots, phase ^= 1;
   }
   __device__ uint32_t unit(int, int u) const { return base + slot * slot_bytes<L>() + u * L::UNIT_BYTES; }
   __device__ uint32_t trailer(int, int units) const { return base + slot * slot_bytes<L>() + units * L::UNIT_BYTES; }
 };
 #else
-template <class L>
+template <class L, int TEAMS = 1>
 struct Ring {  // three slots; each warp copies and waits for its own units only
   uint32_t base, slot = 0;
   int tile = 0, stage = 0, fill = 0;
@@ -174,7 +212,7 @@ struct Ring {  // three slots; each warp copies and waits for its own units only
     copy_next(p, part, warp, lane), copy_next(p, part, warp, lane);
   }
   __device__ void wait() { async_wait<1>(), __syncwarp(); }
-  __device__ void done(const Product& p, const Part<L>& part, int warp, int lane) {
+  __device__ void done(const Product& p, const Part<L>& part, int warp, int lane, int = 1) {
     __syncwarp();
     copy_next(p, part, warp, lane);
     slot = slot == 2 ? 0 : slot + 1;

@@ -61,22 +61,23 @@ __device__ __forceinline__ void add_planes(const Product& p, int tile0, int tile
 }
 
 // The last block of a group adds the slabs, in their order. `scratch` is any word of shared memory.
+template <int THREADS = CONSUMER_THREADS>
 __device__ __forceinline__ void add_slabs(const Product& p, int group, int tile0, int tiles, int padded_rows,
                                           uint32_t scratch, int tid) {
   if (p.slabs == 1) return;
 
   __threadfence();
-  bar_sync<1, CONSUMER_THREADS>();
+  bar_sync<1, THREADS>();
   if (tid == 0) {
     const uint32_t before = atomicAdd(p.arrived + group, 1);
     if (before == (uint32_t)p.slabs - 1) p.arrived[group] = 0;
     sts32(scratch, before);
   }
-  bar_sync<1, CONSUMER_THREADS>();
+  bar_sync<1, THREADS>();
   if (lds32(scratch) != (uint32_t)p.slabs - 1) return;
   __threadfence();
-  add_planes<CONSUMER_THREADS>(p, tile0, tiles, p.slabs, tid,
-                               [&](int slab, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
+  add_planes<THREADS>(p, tile0, tiles, p.slabs, tid,
+                      [&](int slab, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
 }
 
 // All slabs of a group meet here; what they wrote before is then seen by all.

@@ -25,8 +25,13 @@ constexpr int WIDE_BLOCK = CONSUMER_THREADS,
               SUM_STRIDE = 20;  // floats between columns: what a warp stores at once falls into 32 banks
 __host__ __device__ constexpr int wide_sums_bytes(int columns) { return CONSUMERS * columns * SUM_STRIDE * 4; }
 template <class L>
-__host__ __device__ constexpr int wide_shared_bytes(int columns, int slots) {
-  return slots * slot_bytes<L>() + BARRIER_BYTES + 2 * wide_sums_bytes(columns);
+__host__ __device__ constexpr int wide_group_sums_bytes(int columns) {
+  return CONSUMERS * (columns <= 32 ? 32 : 64) * group_sums_bytes<L>();
+}
+template <class L>
+__host__ __device__ constexpr int wide_shared_bytes(int columns, int slots, bool hopper) {
+  return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + 2 * wide_sums_bytes(columns) +
+         wide_group_sums_bytes<L>(columns);
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -80,8 +85,8 @@ __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product&
     if (warp * UNIT_COLS < width) {
 #pragma unroll
       for (int nb = 0; nb < NB; nb++) {
-        const uint8_t* from = (const uint8_t*)p.x + ((size_t)min(8 * nb + g, columns - 1) * p.x_stride + k) * 2 +
-                              t * lane_bytes<L>();
+        const uint8_t* from =
+            (const uint8_t*)p.x + ((size_t)min(8 * nb + g, columns - 1) * p.x_stride + k) * 2 + t * lane_bytes<L>();
 #pragma unroll
         for (int j = 0; j < 4; j++, from += 64) {
           if constexpr (L::GROUP != 16) {
@@ -108,9 +113,8 @@ __device__ __forceinline__ void load_fragments(uint4 (&b)[4][NB], const Product&
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          b[j][nb] =
-              lds_fragment<L>(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 + j * 64 +
-                              t * lane_bytes<L>());
+          b[j][nb] = lds_fragment<L>(staging + min(8 * nb + g, columns - 1) * STRIDE + (warp & 1) * UNIT_COLS * 2 +
+                                     j * 64 + t * lane_bytes<L>());
     }
     bar_sync<1, CONSUMER_THREADS>();
   }
@@ -131,12 +135,50 @@ __device__ __forceinline__ void wide_product(const Product& p) {
   uint4 b[4][NB];
   load_fragments<L, NB>(b, p, part.first_col(), part.width(), columns, sums, tid);
   ring.start(p, part, warp, lane);
+  // Layouts with groups: what the warp's unit needs of the activations' sums, and whether something is not finite.
+  [[maybe_unused]] const uint32_t table =
+      bars + BARRIER_BYTES + 2 * wide_sums_bytes(columns) + warp * 8 * NB * group_sums_bytes<L>();
+  [[maybe_unused]] bool exact = false;
+  if constexpr (L::GROUP >= 16) {
+    uint32_t large = __ldg(p.overflow);
+    if (warp < units) {
+#pragma unroll
+      for (int nb = 0; nb < NB; nb++) {
+        float d[4][L::GROUP == 16 ? 2 : 1][4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          large |= large_bits(b[j][nb]);
+          if (L::AWAY) add_columns<L>(d[j], b[j][nb]);
+        }
+        if (L::AWAY) store_sums<L>(table + 8 * nb * group_sums_bytes<L>(), 8, d, lane);
+      }
+    }
+    exact = __any_sync(~0u, large != 0);
+  }
+  [[maybe_unused]] const auto constants = [&] {
+    if constexpr (L::GROUP >= 16)
+      return Constants(t);
+    else
+      return 0;
+  }();
   for (int tile = 0; tile < part.tiles; tile++) {
     ring.wait();
     if (warp < units) {
       float c[NB][4] = {};
-      multiply_unit<L, NB>(ring.unit(warp), ring.trailer(warp, units), warp, lane, p.overflow, c,
-                           [&](int j, int nb) { return pick(j, b[0][nb], b[1][nb], b[2][nb], b[3][nb]); });
+      const uint32_t at = ring.unit(warp), trailer = ring.trailer(warp, units);
+      const auto fragment = [&](int j, int nb) { return pick(j, b[0][nb], b[1][nb], b[2][nb], b[3][nb]); };
+      if constexpr (L::GROUP >= 16) {
+        if (exact) {
+          multiply_exactly<L, NB>(at, trailer, warp, lane, c, fragment);
+        } else {
+          GroupUnit<L> unit;
+          unit.load(at, trailer, warp, lane);
+          multiply<L, NB>(unit, constants, c, fragment,
+                          [&](int nb) { return lds_sums<L>(table + (8 * nb + g) * group_sums_bytes<L>(), t); });
+        }
+      } else {
+        multiply_unit<L, NB>(at, trailer, warp, lane, p.overflow, c, fragment);
+      }
       const uint32_t mine = sums + (warp * columns * SUM_STRIDE + g) * 4;  // sums[warp][column][row]
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)

@@ -148,7 +148,8 @@ class KQuantMatrix {
     bytes_ = (size_t)shape_.tiles * shape_.tile_bytes();
     weights_ = Buffer<uint8_t>(bytes_);
     weights_.fill(0xEE, bytes_);
-    row_scales_ = Buffer<float>(dense.rows);
+    row_scales_ = Buffer<float>(dense.rows), not_finite_ = Buffer<uint32_t>(1);
+    not_finite_.fill(0, 1);
     if constexpr (!INTEGERS)
       KQuantKernels<L>::row_scales<<<dense.rows, 32>>>(dense.blocks.get(), dense.cols, row_scales_.get());
     for (int row = 0; row < dense.rows; row += block_rows)
@@ -172,8 +173,8 @@ class KQuantMatrix {
   }
   Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
     const Products kernels = KQuantKernels<L>::products();
-    Launch launch =
-        plan_staged(device_, shape_, kernels, weights_.get(), dense_, batch, x_type, programmatic, warpgroup);
+    Launch launch = plan_staged(device_, shape_, kernels, weights_.get(), dense_, batch, x_type, programmatic,
+                                warpgroup, not_finite_.get());
     if (warpgroup) {
       const bool wide = batch * (x_type + 1) > 32;
       Product& p = launch.product();
@@ -191,7 +192,7 @@ class KQuantMatrix {
   void repack(const uint8_t* blocks, int row, int rows, cudaStream_t stream) const {
     KQuantKernels<L>::repack<<<ceil_div(rows, TILE_ROWS) * shape_.stages, 256, 0, stream>>>(
         blocks + (size_t)row * (dense_.cols / LEN) * Format::BYTES, rows, dense_.cols,
-        weights_.get() + row / TILE_ROWS * shape_.tile_bytes());
+        weights_.get() + row / TILE_ROWS * shape_.tile_bytes(), not_finite_.get());
   }
 
  private:
@@ -201,6 +202,7 @@ class KQuantMatrix {
   size_t bytes_;
   Buffer<uint8_t> weights_;
   Buffer<float> row_scales_;
+  Buffer<uint32_t> not_finite_;
 };
 
 }  // namespace bench

@@ -76,26 +76,32 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
                    const uint32_t* overflow = nullptr) {
   constexpr int STAGE = (int)Shape<L>::stage_bytes();
   const int columns = batch * (x_type + 1), limit = device.shared_limit;  // f16 and f32 take two and three columns
+  const bool hopper = device.warpgroups;
   Launch launch;
   Product& p = launch.product();
   p.weights = weights, p.overflow = overflow, p.row_scale = dense.row_scales.get();
-  p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type, p.keep = tiles_kept(columns);
+  p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
   if (columns <= 16) {
-    while (product_shared_bytes<L>(dense.cols, slabs, columns, 3) > limit) slabs++;
+    const int teams = taper::teams<L>(hopper);
+    const auto shared = [&](int slots) {
+      return product_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
+    };
+    while (shared(3) > limit) slabs++;
     while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
-    const int in_flight = (49152 + STAGE / 2) / STAGE, most = std::min(16, (programmatic ? 3 : 2) * in_flight);
-    p.slots = 3;
-    while (p.slots < most && product_shared_bytes<L>(dense.cols, slabs, columns, p.slots + 1) <= limit) p.slots++;
+    const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
+              most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
+    p.slots = 3, p.keep = tiles_kept(columns, teams);
+    while (p.slots < std::min(16, most) && shared(p.slots + 1) <= limit) p.slots++;
     p.in_flight = std::min(in_flight, p.slots);
-    launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16, launch.block = BLOCK;
-    launch.shared_bytes = product_shared_bytes<L>(dense.cols, slabs, columns, p.slots);
+    launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
+    launch.block = CONSUMER_THREADS * teams + 32, launch.shared_bytes = shared(p.slots);
   } else {
     slabs = shape.stages;
     p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
     launch.kernel = columns <= 32 ? kernels.to_32 : kernels.to_64, launch.block = WIDE_BLOCK;
-    while (wide_shared_bytes<L>(columns, p.slots) > limit) p.slots--;
-    launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots);
+    while (wide_shared_bytes<L>(columns, p.slots, hopper) > limit) p.slots--;
+    launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots, hopper);
   }
   if (warpgroup)
     launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L, 8>(p.slots);

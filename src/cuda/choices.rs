@@ -1,31 +1,32 @@
-//! Layouts that were the fastest, remembered for this process and, in a file in the user's cache, for the next ones.
+//! Layouts and kernels that were the fastest, remembered for this process and, in a file in the user's cache, for the next
+//! ones.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::{env, fs, io};
 
 use serde::{Deserialize, Serialize};
 
-use crate::matrix::GpuLayout;
-
 /// What was measured for one shape on one GPU.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Measured {
-    /// The name of the layout to take.
-    layout: String,
-    /// Microseconds of each layout's product with one row of activations.
+    /// The name of the layout or kernel to take.
+    #[serde(rename = "layout")]
+    choice: String,
+    /// Microseconds of a product with each.
     us: Vec<(String, f64)>,
 }
 
 impl Measured {
-    pub fn new(layout: GpuLayout, times: &[(GpuLayout, f64)]) -> Measured {
-        let us = times.iter().map(|(layout, us)| (layout.name().into(), (us * 100.0).round() / 100.0)).collect();
-        Measured { layout: layout.name().into(), us }
+    pub fn new(choice: &str, times: &[(&str, f64)]) -> Measured {
+        let us = times.iter().map(|(name, us)| ((*name).into(), (us * 100.0).round() / 100.0)).collect();
+        Measured { choice: choice.into(), us }
     }
 
-    /// The layout to take; `None` if another version of this crate wrote a name that this one does not know.
-    pub fn layout(&self) -> Option<GpuLayout> {
-        GpuLayout::from_name(&self.layout).ok()
+    /// The name of what to take: another version of this crate may have written one that this one does not know.
+    pub fn choice(&self) -> &str {
+        &self.choice
     }
 
     /// The times, as text.
@@ -43,6 +44,13 @@ pub(super) struct Choices {
 }
 
 impl Choices {
+    /// Calls `work` with those of this process. Whoever measures does it there: one at a time.
+    pub fn shared<T>(work: impl FnOnce(&mut Choices) -> T) -> T {
+        static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
+        let mut choices = CHOICES.lock().unwrap_or_else(PoisonError::into_inner);
+        work(choices.get_or_insert_with(|| Choices::open(default_file())))
+    }
+
     /// What `file` holds: nothing if it is not there or cannot be read.
     pub fn open(file: Option<PathBuf>) -> Choices {
         let known = file.as_deref().map(read).unwrap_or_default();
@@ -84,7 +92,7 @@ fn write(file: &Path, known: &HashMap<String, Measured>) -> io::Result<()> {
 }
 
 /// Where it is kept: `candle-taper/layouts.json` in the user's cache.
-pub(super) fn default_file() -> Option<PathBuf> {
+fn default_file() -> Option<PathBuf> {
     let named = |name: &str| env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
     let cache = named("XDG_CACHE_HOME")
         .or_else(|| named("HOME").map(|home| home.join(".cache")))
@@ -100,7 +108,7 @@ mod tests {
     fn choices_outlive_a_process_and_damage_to_their_file() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("a").join("layouts.json");
-        let measured = Measured::new(GpuLayout::Pair, &[(GpuLayout::Fixed, 10.126), (GpuLayout::Pair, 9.5)]);
+        let measured = Measured::new("pair", &[("fixed", 10.126), ("pair", 9.5)]);
         assert_eq!(measured.times(), "fixed 10.1 us, pair 9.5 us");
         let mut choices = Choices::open(Some(file.clone()));
         assert!(choices.get("a").is_none());
@@ -111,7 +119,7 @@ mod tests {
         other.put("c".into(), measured.clone());
         let all = Choices::open(Some(file.clone()));
         assert!(["a", "b", "c"].iter().all(|key| all.get(key) == Some(&measured)));
-        assert_eq!(all.get("a").unwrap().layout(), Some(GpuLayout::Pair));
+        assert_eq!(all.get("a").unwrap().choice(), "pair");
         assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "a temporary file was left");
         for damage in ["", "{", "[1, 2]", "{\"a\": {\"layout\": 3}}"] {
             fs::write(&file, damage).unwrap();
@@ -120,8 +128,6 @@ mod tests {
             choices.put("a".into(), measured.clone());
             assert_eq!(Choices::open(Some(file.clone())).get("a"), Some(&measured));
         }
-        let unknown = Measured { layout: "zip".into(), us: Vec::new() };
-        assert_eq!(unknown.layout(), None);
         // A cache that cannot be written is none.
         let mut nowhere = Choices::open(Some(file.join("below a file").join("layouts.json")));
         nowhere.put("a".into(), measured.clone());

@@ -3,16 +3,16 @@
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{CudaSlice, CudaViewMut, sys};
 
-use super::choices::{Choices, Measured, default_file};
+use super::choices::{Choices, Measured};
 use super::decode::DeviceStream;
 use super::form::Form;
 use super::gemm::{Gemm, Strides};
-use super::kernels::{driver, out_of_memory};
+use super::kernels::{Kernels, driver, out_of_memory};
 use super::packed::Fused;
 use super::packing::Scales;
 use super::scratch::WORKSPACE;
@@ -46,13 +46,14 @@ impl Choice {
 
 static MEASURE: AtomicBool = AtomicBool::new(true);
 
-/// Lets `auto` time layouts when a shape is met first, and remember the fastest. It is on, unless the environment has
-/// `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices.
+/// Lets `auto` time layouts when a shape is met first, and matrices of GGUF files their kernels, and remember the fastest. It
+/// is on, unless the environment has `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices, and kernels are
+/// chosen by a rule.
 pub fn set_measuring(on: bool) {
     MEASURE.store(on, Ordering::Relaxed);
 }
 
-fn measuring() -> bool {
+pub(super) fn measuring() -> bool {
     let off = std::env::var("TAPER_MEASURE").is_ok_and(|value| matches!(value.trim(), "0" | "off" | "no" | "false"));
     MEASURE.load(Ordering::Relaxed) && !off
 }
@@ -72,25 +73,68 @@ pub(super) fn auto(stream: &DeviceStream, plan: &Plan, scales: &Scales) -> Resul
     if !measuring() {
         return Ok(Choice::new(GpuLayout::Fixed, "rule, as measuring is off"));
     }
-    static CHOICES: Mutex<Option<Choices>> = Mutex::new(None);
-    // Held while times are taken: one at a time.
-    let mut choices = CHOICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let choices = choices.get_or_insert_with(|| Choices::open(default_file()));
-    let gpu = driver(stream.device().cuda_stream().context().name())?;
-    let key = format!("{gpu}, candle-taper {}, bf16 {rows}x{cols}", env!("CARGO_PKG_VERSION"));
-    if let Some((layout, known)) = choices.get(&key).and_then(|known| Some((known.layout()?, known))) {
-        return Ok(Choice::new(layout, format!("fastest at one row: {} (remembered)", known.times())));
+    let key = key(stream.device(), &format!("bf16 {rows}x{cols}"))?;
+    Choices::shared(|choices| {
+        let known = choices.get(&key);
+        if let Some((layout, known)) = known.and_then(|known| Some((GpuLayout::from_name(known.choice()).ok()?, known)))
+        {
+            return Ok(Choice::new(layout, format!("fastest at one row: {} (remembered)", known.times())));
+        }
+        let times = measure(stream, scales)?;
+        let Some(fastest) = times.iter().map(|time| time.us).min_by(f64::total_cmp) else {
+            return Ok(Choice::new(GpuLayout::Fixed, "rule, as there was no room to measure"));
+        };
+        let alike = times.iter().filter(|time| time.us <= ALIKE * fastest);
+        let layout = alike.min_by_key(|time| time.bytes).map_or(GpuLayout::Fixed, |time| time.layout);
+        let named: Vec<_> = times.iter().map(|time| (time.layout.name(), time.us)).collect();
+        let measured = Measured::new(layout.name(), &named);
+        let why = format!("fastest at one row: {}", measured.times());
+        choices.put(key, measured);
+        Ok(Choice::new(layout, why))
+    })
+}
+
+/// What is remembered as `what` on a GPU.
+pub(super) fn key(device: &CudaDevice, what: &str) -> Result<String> {
+    let gpu = driver(device.cuda_stream().context().name())?;
+    Ok(format!("{gpu}, candle-taper {}, {what}", env!("CARGO_PKG_VERSION")))
+}
+
+/// How many copies of `bytes` take turns.
+pub(super) fn copies_of(bytes: usize) -> usize {
+    ROTATE.div_ceil(bytes.max(1)).min(COPIES)
+}
+
+/// Microseconds of a call, the median of some rounds: `call(i)` enqueues one with the i-th of `copies`; false if it cannot
+/// be.
+pub(super) fn time_calls(
+    (device, kernels): (&CudaDevice, &Kernels),
+    copies: usize,
+    mut call: impl FnMut(usize) -> Result<bool>,
+) -> Result<Option<f64>> {
+    let main = device.cuda_stream();
+    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    let calls = CALLS.max(copies);
+    let mut rounds = Vec::new();
+    for round in 0..=ROUNDS {
+        // The GPU is busy until all calls are enqueued.
+        kernels
+            .scratch
+            .workspace(device, WORKSPACE, |memory| (0..4).try_for_each(|_| driver(main.memset_zeros(memory))))?;
+        let start = driver(main.record_event(flags))?;
+        for i in 0..calls {
+            if !call(i % copies)? {
+                return Ok(None);
+            }
+        }
+        let end = driver(main.record_event(flags))?;
+        driver(end.synchronize())?;
+        if round > 0 {
+            rounds.push(f64::from(driver(start.elapsed_ms(&end))?) * 1e3 / calls as f64);
+        }
     }
-    let times = measure(stream, scales)?;
-    let Some(fastest) = times.iter().map(|time| time.us).min_by(f64::total_cmp) else {
-        return Ok(Choice::new(GpuLayout::Fixed, "rule, as there was no room to measure"));
-    };
-    let alike = times.iter().filter(|time| time.us <= ALIKE * fastest);
-    let layout = alike.min_by_key(|time| time.bytes).map_or(GpuLayout::Fixed, |time| time.layout);
-    let measured = Measured::new(layout, &times.iter().map(|time| (time.layout, time.us)).collect::<Vec<_>>());
-    let why = format!("fastest at one row: {}", measured.times());
-    choices.put(key, measured);
-    Ok(Choice::new(layout, why))
+    rounds.sort_by(f64::total_cmp);
+    Ok(rounds.get(ROUNDS / 2).copied())
 }
 
 /// What was measured of a layout.
@@ -132,36 +176,17 @@ fn time(stream: &DeviceStream, scales: &Scales, layout: GpuLayout) -> Result<Opt
     let Some(first) = copy(stream, scales, layout)? else { return Ok(None) };
     let bytes = first.bytes();
     let mut copies = vec![first];
-    while copies.len() < ROTATE.div_ceil(bytes.max(1)).min(COPIES) {
+    while copies.len() < copies_of(bytes) {
         copies.extend(copy(stream, scales, layout)?);
     }
     let Geometry { rows, cols } = stream.geometry();
-    let (device, main) = (stream.device(), stream.device().cuda_stream());
+    let device = stream.device();
     let x = device.alloc_zeros::<u8>(2 * cols)?;
     let mut y = device.alloc_zeros::<u8>(2 * rows)?;
-    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-    let mut rounds = Vec::new();
-    for round in 0..=ROUNDS {
-        // The GPU is busy until all calls are enqueued.
-        stream
-            .kernels()
-            .scratch
-            .workspace(device, WORKSPACE, |memory| (0..4).try_for_each(|_| driver(main.memset_zeros(memory))))?;
-        let start = driver(main.record_event(flags))?;
-        for call in 0..CALLS.max(copies.len()) {
-            if !product(stream, &copies[call % copies.len()], &x, &mut y.as_view_mut())? {
-                return Ok(None);
-            }
-        }
-        let end = driver(main.record_event(flags))?;
-        driver(end.synchronize())?;
-        if round > 0 {
-            let calls = CALLS.max(copies.len());
-            rounds.push(f64::from(driver(start.elapsed_ms(&end))?) * 1e3 / calls as f64);
-        }
-    }
-    rounds.sort_by(f64::total_cmp);
-    Ok(rounds.get(ROUNDS / 2).map(|&us| Time { layout, us, bytes }))
+    let us = time_calls((device, stream.kernels()), copies.len(), |i| {
+        product(stream, &copies[i], &x, &mut y.as_view_mut())
+    })?;
+    Ok(us.map(|us| Time { layout, us, bytes }))
 }
 
 fn copy(stream: &DeviceStream, scales: &Scales, layout: GpuLayout) -> Result<Option<Copied>> {

@@ -103,9 +103,22 @@ impl Family {
         Family::UNITS * unit + trailer
     }
 
-    /// The most stages that a block keeps on their way: some 48 KB.
+    /// The most stages that a block keeps on their way: some 48 KB, of block formats 27 KB. More is slower.
     pub fn in_flight(self) -> usize {
-        (49_152 + self.stage_bytes() / 2) / self.stage_bytes()
+        let bytes = if self.blocks() { 27_648 } else { 49_152 };
+        ((bytes + self.stage_bytes() / 2) / self.stage_bytes()).max(1)
+    }
+
+    /// Shared memory for the sums of a unit's groups of activations, in each column of them: `kernels/kquant_product.cuh`.
+    pub fn group_sums_bytes(self) -> usize {
+        match self {
+            // Signed bytes: nothing is to be subtracted.
+            Family::Blocks(GgmlType::Q8_0) => 0,
+            Family::Blocks(GgmlType::Int4G128) => 8,
+            Family::Blocks(GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K) => 64,
+            Family::Blocks(_) => 32,
+            _ => 0,
+        }
     }
 
     /// Units of a stage.

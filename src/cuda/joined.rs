@@ -67,12 +67,16 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         return Ok(None);
     }
     let programmatic = programmatic(kernels);
-    let shape = |packed: &&Packed| LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, programmatic);
+    let shape = |packed: &&Packed| {
+        LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, (packed.preferred, programmatic))
+    };
     let Some(mut shapes) = packed.iter().map(shape).collect::<Option<Vec<_>>>() else { return Ok(None) };
     let kernel = joined(shapes[0].kernel, first.family).filter(|_| shapes.iter().all(|s| s.kernel == shapes[0].kernel));
     let function = kernel.and_then(|kernel| kernels.packed(first.family).ok()?.joined.get(kernel));
     let tiles: Vec<usize> = packed.iter().map(|packed| packed.geometry.rows.div_ceil(TILE_ROWS)).collect();
-    let (Some(function), true) = (function, share(&mut shapes, &tiles, kernels.processors)) else { return Ok(None) };
+    let (Some(function), true) = (function, share(&mut shapes, &tiles, kernels.processors)) else {
+        return Ok(None);
+    };
 
     let mut results = Vec::with_capacity(packed.len());
     for matrix in packed {
@@ -123,8 +127,8 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
     Ok(Some(made.collect()))
 }
 
-/// Shares the GPU's multiprocessors between products, so that the one that takes longest takes as little as possible. Groups
-/// change nothing about the sums. False if there are too few.
+/// Shares the GPU's multiprocessors between products, so that the one that takes longest takes as little as possible, and
+/// then the others. Groups change nothing about the sums. False if there are too few.
 fn share(shapes: &mut [LaunchShape], tiles: &[usize], processors: usize) -> bool {
     if tiles.contains(&0) {
         return false;
@@ -150,7 +154,22 @@ fn share(shapes: &mut [LaunchShape], tiles: &[usize], processors: usize) -> bool
         let middle = low + (high - low) / 2;
         if fits(&middle) { high = middle } else { low = middle }
     }
-    let Some(groups) = groups(high) else { return false };
+    let Some(mut groups) = groups(high) else { return false };
+    // What is left goes to whichever takes longest of those that it makes faster.
+    let time = |i: usize, groups: usize| tiles[i].div_ceil(groups) * parts / shapes[i].slabs;
+    loop {
+        let left = processors - blocks(&groups);
+        let faster = |i: usize| {
+            let most = tiles[i].div_ceil(groups[i]);
+            let more = tiles[i].div_ceil(most.saturating_sub(1).max(1));
+            (most > 1 && (more - groups[i]) * shapes[i].slabs <= left).then_some((i, more))
+        };
+        let longest = (0..groups.len()).filter_map(faster).max_by_key(|&(i, _)| (time(i, groups[i]), i));
+        match longest {
+            Some((i, more)) => groups[i] = more,
+            None => break,
+        }
+    }
     shapes.iter_mut().zip(groups).for_each(|(shape, groups)| shape.groups = groups);
     true
 }
@@ -179,8 +198,8 @@ mod tests {
             super::share(&mut shapes, &tiles, processors)
                 .then(|| shapes.iter().map(|shape| shape.groups).collect::<Vec<_>>())
         };
-        // Two tiles for each block of the first, four halves for each of the others.
-        assert_eq!(share(&[(128, 1), (32, 2), (32, 2)], 132), Some(vec![64, 8, 8]));
+        // Two tiles for each block of the first, two halves for each of the others.
+        assert_eq!(share(&[(128, 1), (32, 2), (32, 2)], 132), Some(vec![64, 16, 16]));
         assert_eq!(share(&[(512, 1), (512, 1)], 132), Some(vec![64, 64]));
         assert_eq!(share(&[(1, 1), (1000, 1)], 132), Some(vec![1, 125]));
         assert_eq!(share(&[(5, 2), (5, 3)], 5), Some(vec![1, 1]));

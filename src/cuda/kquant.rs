@@ -11,6 +11,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 use super::family::{Family, Pack, TILE_ROWS, stages, tile_bytes};
 use super::kernels::{Kernels, driver, no_room, out_of_memory};
 use super::packed::Packed;
+use super::prefer::Preferred;
 use super::upload::upload;
 use super::weight::{CudaWeight, Kept};
 use crate::codec::kquant::GgmlType;
@@ -50,7 +51,7 @@ impl CudaWeight {
         }
         let pack = || {
             let kernels = Kernels::of(device)?;
-            let packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
+            let mut packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
             // Whole tiles, and at least one.
             let step = (CHUNK / row_bytes / TILE_ROWS).max(1) * TILE_ROWS;
             let mut chunk = Vec::with_capacity(step.min(rows) * row_bytes);
@@ -67,7 +68,8 @@ impl CudaWeight {
             }
             // Products may fetch weights before the kernel that they follow has ended, so weights must be complete by then.
             driver(device.cuda_stream().synchronize())?;
-            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, "as the file has them"))
+            let why = packed.choose_kernels()?;
+            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, &format!("as the file has them; {why}")))
         };
         pack().map_err(|e| no_room(e, &format!("a {rows}x{cols} matrix of {ty}")))
     }
@@ -81,7 +83,8 @@ impl Packed {
         let weights = device.alloc_zeros::<u8>(bytes).map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let overflow = device.alloc_zeros::<u32>(1)?;
         let row_scale = if family.groups() { Some(device.alloc_zeros::<f32>(rows)?) } else { None };
-        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale })
+        let preferred = Preferred::default();
+        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale, preferred })
     }
 
     /// Enqueues the upload and the laying out of `count` rows of blocks from row `start`, a multiple of 16, on.
@@ -97,11 +100,11 @@ impl Packed {
         let (rows, columns) = (count as i32, cols as i32);
         let stream = self.device.cuda_stream();
         let mut launch = stream.launch_builder(repack);
-        launch.arg(&raw).arg(&rows).arg(&columns).arg(&target);
+        launch.arg(&raw).arg(&rows).arg(&columns).arg(&target).arg(&self.overflow);
         let blocks = (tiles * stages(cols)) as u32;
         let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: `raw` holds `count` rows of whole blocks, as `from_blocks` checked, and `target` the bytes of their tiles,
-        // which nobody else knows of yet.
+        // which nobody else knows of yet; `overflow` has a word.
         driver(unsafe { launch.launch(config) })?;
         if let (Some(scales), Some(row_scales)) = (&self.row_scale, row_scales) {
             let scales = scales.slice(start..start + count);

@@ -9,6 +9,7 @@ use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, sys};
 
 use super::family::{Family, TILE_ROWS, UNIT_COLS, stages};
 use super::kernels::{Kernels, driver};
+use super::prefer::Preferred;
 use crate::Result;
 use crate::codec::Geometry;
 
@@ -59,47 +60,56 @@ impl LaunchShape {
         kernels: &Kernels,
         batch: usize,
         parts: usize,
-        programmatic: bool,
+        (preferred, programmatic): (Preferred, bool),
     ) -> Option<LaunchShape> {
         let columns = batch * parts;
         let products = &kernels.packed(family).ok()?.products;
         let kernel = match columns {
             1 if family.groups() => SINGLE,
-            17..=32 if family.blocks() && kernels.warpgroups => WARPGROUPS,
-            33..=64 if family.blocks() && kernels.warpgroups => WARPGROUPS + 1,
+            17..=32 if family.blocks() && kernels.warpgroups && !preferred.wide_32 => WARPGROUPS,
+            33..=64 if family.blocks() && kernels.warpgroups && !preferred.wide_64 => WARPGROUPS + 1,
             _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
         };
         let (unit, trailer) = family.bytes();
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
         let (room, processors) = (products.get(kernel)?.1, kernels.processors);
-        let slot = (Family::UNITS * (unit + trailer)).next_multiple_of(128);
+        // `slot_bytes`, `teams` and `group_sums_bytes` of kernels/ring.cuh.
+        let trailers = if family.blocks() && kernels.warpgroups { 1 } else { Family::UNITS };
+        let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
+        let teams = if family.blocks() && kernels.warpgroups { 2 } else { 1 };
+        let sums = family.group_sums_bytes();
         let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
             shape
         } else if columns <= 16 {
-            let keep = if columns <= 4 { 8 } else { 32 / columns };
+            let keep = if columns <= 4 { 8 } else { 32 / columns } / teams;
             let besides = |slabs: usize| {
-                let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
-                256 + keep * columns * 512 + columns * (2 * width + 64)
+                let units = stages.div_ceil(slabs) * Family::UNITS;
+                256 + keep * columns * 512 * teams + columns * (units * (2 * UNIT_COLS + sums) + 64)
             };
             let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
             while tiles * slabs * 2 <= processors && slabs < stages {
                 slabs += 1;
             }
-            let wanted = if programmatic { 3 } else { 2 } * family.in_flight();
+            let in_flight = family.in_flight();
+            let wanted = match (family.blocks(), programmatic) {
+                (true, _) => 16,
+                (_, true) => 3 * in_flight,
+                _ => 2 * in_flight,
+            };
             let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(3, 16);
             LaunchShape {
                 kernel,
                 groups: tiles.min((processors / slabs).max(1)),
                 slabs,
-                threads: 288,
+                threads: 256 * teams as u32 + 32,
                 shared: slots * slot + besides(slabs),
                 slots,
-                in_flight: family.in_flight().min(slots),
+                in_flight: in_flight.min(slots),
                 keep,
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
-        } else if kernel >= WARPGROUPS {
+        } else if kernel >= WARPGROUPS && family.blocks() {
             let eights = if kernel == WARPGROUPS { 4 } else { 8 };
             let besides = (Family::UNITS * UNIT_COLS * 16 + 2048) * eights + 32 * eights + 128;
             let slots = (room.checked_sub(besides)? / (8 * (unit + trailer + 8))).min(8);
@@ -119,7 +129,7 @@ impl LaunchShape {
                 scaled: family.groups(),
             }
         } else {
-            let besides = 256 + 2 * 8 * columns * 80;
+            let besides = 256 + 2 * 8 * columns * 80 + 8 * if columns <= 32 { 32 } else { 64 } * sums;
             let slots = 73_728usize.div_ceil(family.stage_bytes()).min(8).min(room.checked_sub(besides)? / slot);
             // Blocks of a group wait for each other, so all must run at once.
             if stages > processors || slots < 3 {
@@ -219,7 +229,7 @@ impl LaunchShape {
 }
 
 /// The number of the first product of whole warpgroups among a layout's kernels: that for 64 columns of `fixed`, those for
-/// 32 and for 64 columns of block formats, which a product for a single column follows.
+/// 32 and for 64 columns of block formats, which a product for a single column may follow.
 const WARPGROUPS: usize = 4;
 const SINGLE: usize = 6;
 

@@ -46,6 +46,7 @@ mod pair_code;
 mod pair_packing;
 mod plan;
 mod pointwise;
+mod prefer;
 mod product;
 mod rans;
 mod scratch;

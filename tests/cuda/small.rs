@@ -55,6 +55,9 @@ fn kquants() {
             kquant::check(&device, &layer, &matrix, &activations(m, matrix.shape[1], 1), DType::BF16);
         }
     }
+    // Blocks of one tile and of two: teams with nothing to do.
+    let matrix = kquant::Matrix::new(GgmlType::Q4_K, 2304, 256, 7);
+    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(1, 256, 1), DType::BF16);
     let packed = Packed::new(FORMATS[0], 40, 640, 128, false);
     let layer = packed.linear(&device);
     let matrix = kquant::Matrix { ty: GgmlType::Int4G128, shape: packed.shape, data: vec![], values: packed.values };
