@@ -93,22 +93,6 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
   }
 }
 
-#if __CUDA_ARCH__ >= 900
-// Fills `batch` columns with bulk copies if rows of x are what is wanted as they are: bf16, whole vectors, no columns
-// past the end. False, with nothing done, if not. Called by all; one thread copies. They wait for `bar`, which expects
-// one arrival, before they read.
-__device__ __forceinline__ bool copy_activations(uint32_t dst, int stride, const void* x, int type, int x_stride,
-                                                 int batch, int cols, int first, int width, uint32_t bar, int tid) {
-  if (type != BF16 || (((size_t)x | (size_t)x_stride * 2) & 15) != 0 || first + width > cols) return false;
-  if (tid == 0) {
-    mbarrier_expect(bar, batch * width * 2);
-    for (int row = 0; row < batch; row++)
-      bulk_copy(dst + row * stride, (const uint16_t*)x + (size_t)row * x_stride + first, width * 2, bar);
-  }
-  return true;
-}
-#endif
-
 // Fills `batch * parts` columns of `width` bf16 values (a multiple of 128) at `dst`, `stride` bytes apart, from columns
 // first.. of x; those at and past `cols` become zero. Called by THREADS threads; the caller waits (async_wait, then a
 // barrier).

@@ -35,10 +35,6 @@ __device__ __forceinline__ void group_product(const Product& p) {
                  xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
   Ring<L, TEAMS> ring(p, ring_at, bars);
   ring.init(tid - THREADS);
-#if __CUDA_ARCH__ >= 900
-  [[maybe_unused]] const uint32_t arrival = xs + stride - 64;  // of activations; between rows of x
-  if (!SINGLE && tid == 0) mbarrier_init(arrival, 1), mbarrier_init_fence();
-#endif
   __syncthreads();
   if (team == TEAMS) {
     if (lane == 0) ring.produce(p, part);
@@ -47,14 +43,8 @@ __device__ __forceinline__ void group_product(const Product& p) {
   bool exact = *p.overflow != 0;  // something is not finite
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
-#if __CUDA_ARCH__ >= 900
-  if (!SINGLE && copy_activations(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
-                                  part.width(), arrival, tid))
-    mbarrier_wait(arrival, 0);
-  else
-#endif
-    load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
-                              tid);
+  load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
+                            tid);
   if (SINGLE && tid < 16) sts32(xs + stride - 64 + 4 * tid, 0);
   async_commit();
   ring.slot = team;
@@ -80,8 +70,8 @@ __device__ __forceinline__ void group_product(const Product& p) {
   }
   const uint32_t zeros = xs + stride - 64;  // SINGLE: what lies between rows of x
   const int next_entries = L::UNITS * columns * group_sums_bytes<L>();
-  // Stages in which the warp has a unit: all, or all but the last.
-  const int own_stages = min(part.stages, ceil_div(part.shape.units - part.stage0 * L::UNITS - warp, L::UNITS));
+  // Stages in which the warp has a unit.
+  const int own_stages = ceil_div(part.shape.units - part.stage0 * L::UNITS - warp, L::UNITS);
 
   // What the team's warps have stored of `kept` tiles from `first` on, every TEAMS-th.
   const auto add_warps = [&](int kept, int first) {
@@ -101,12 +91,13 @@ __device__ __forceinline__ void group_product(const Product& p) {
     float c[NB][4] = {};
     [[maybe_unused]] const Constants constants(t);
     for (int tile = team, kept = 0; tile < part.tiles; tile += TEAMS) {
-      const int step = keep(min(TEAMS, part.tiles - tile + team));
+      const int step = min(TEAMS, part.tiles - tile + team);
       uint32_t at = 0;
       [[maybe_unused]] uint32_t to_entry = 0;
-      for (int s = 0; s < own_stages; s++, at += L::UNITS * (UNIT_COLS * 2), to_entry += next_entries) {
+      for (int s = 0; s < part.stages; s++, at += L::UNITS * (UNIT_COLS * 2), to_entry += next_entries) {
+        const bool own = s < own_stages;
         uint4 x[4];
-        if (NB == 1 && !SINGLE) {  // before the wait: these are here already
+        if (NB == 1 && !SINGLE && own) {  // before the wait: these are here already
 #pragma unroll
           for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
         }
@@ -117,14 +108,15 @@ __device__ __forceinline__ void group_product(const Product& p) {
         const uint32_t unit_at = ring.unit(warp, warp),
                        trailer = ring.trailer(warp, part.shape.units_of(part.stage0 + s));
         if constexpr (EXACT) {
-          multiply_exactly<L, NB>(unit_at, trailer, warp, lane, c, fragment);
+          if (own) multiply_exactly<L, NB>(unit_at, trailer, warp, lane, c, fragment);
           if (SINGLE) c[0][1] = c[0][3] = 0;
           if (SINGLE && t) c[0][0] = c[0][2] = 0;
           ring.done(p, part, warp, lane, step);
         } else {
           GroupUnit<L> unit;
-          unit.load(unit_at, trailer, warp, lane);
+          if (own) unit.load(unit_at, trailer, warp, lane);
           ring.done(p, part, warp, lane, step);
+          if (!own) continue;
           if constexpr (SINGLE)
             multiply_single<L>(
                 unit, constants, c, [&](int j) { return single_fragment<L>(x_row[0] + at, zeros, j, g); },
@@ -133,7 +125,6 @@ __device__ __forceinline__ void group_product(const Product& p) {
             multiply<L, NB>(unit, constants, c, fragment, [&](int nb) { return lds_sums<L>(entry[nb] + to_entry, t); });
         }
       }
-      if (own_stages < part.stages) ring.wait(), ring.done(p, part, warp, lane, step);
       if constexpr (SINGLE) {  // all columns are one
         c[0][0] += c[0][1], c[0][2] += c[0][3];
 #pragma unroll

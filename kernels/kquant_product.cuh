@@ -9,10 +9,10 @@
 // instead, as activations.cuh has them: infinities and NaN are then those of the exact product. Activations are looked
 // at when their groups are summed; of weights `overflow` says it, which repack_stage sets.
 //
-// Budget   warp-instructions for a unit of 2048 weights, Q4_K (SASS of sm_90a, loop and waits included): 175 for one
-//          column, 181 for up to 8 (2.8 thread-instructions a weight), of them 60 for codes, 30 for scales, 15 for what
-//          is subtracted, 12 products, 24 to scale; 228 for 16 columns; integers of 4 bits in groups of 128: 127 and
-//          151. At 4.5 bits and 3 TB/s there are 360 for each scheduler, and half of these go to a pipe that takes one
+// Budget   warp-instructions for a unit of 2048 weights, Q4_K (SASS of sm_90a, loop and waits included): 185 for one
+//          column, 188 for up to 8 (2.9 thread-instructions a weight), of them 60 for codes, 30 for scales, 15 for what
+//          is subtracted, 12 products, 24 to scale; 232 for 16 columns; integers of 4 bits in groups of 128: 134 and
+//          165. At 4.5 bits and 3 TB/s there are 360 for each scheduler, and half of these go to a pipe that takes one
 //          in two cycles: 16 warps hide what each waits for.
 #pragma once
 #include "kquant.cuh"
