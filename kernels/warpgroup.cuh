@@ -18,6 +18,7 @@
 //              min(tiles, SMs / slabs); block 256; dynamic shared memory warpgroup_shared_bytes(..); slots 3. partial:
 //              slabs * batch * parts * tiles * 16 floats; arrived: 2 * groups zeroed words, zero again at the end.
 #pragma once
+#include "wgmma.cuh"
 #include "wide.cuh"
 
 namespace taper {
@@ -33,44 +34,6 @@ __host__ __device__ constexpr int warpgroup_shared_bytes(int slots) {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// D (64 x 8 NB) += A (64 x 16, registers) B (16 x 8 NB, shared memory; its descriptor).
-#define WGMMA(N, TYPE, OUTPUTS, A0, A1, A2, A3, B, ...)                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUTPUTS "}, {" A0 "," A1 "," A2 \
-               "," A3 "}, " B ", 1, 1, 1, 0;"                                                                       \
-               : __VA_ARGS__                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define SIXTEEN_NAMES "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define MORE_NAMES ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-template <bool F16_TYPE, int NB>
-__device__ __forceinline__ void wgmma(float (&c)[NB][4], const uint32_t* a, uint64_t b) {
-  if constexpr (NB == 8 && F16_TYPE) {
-    WGMMA(64, "f16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
-          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
-  } else if constexpr (NB == 8) {
-    WGMMA(64, "bf16", SIXTEEN_NAMES MORE_NAMES, "%32", "%33", "%34", "%35", "%36", FOUR(0), FOUR(1), FOUR(2), FOUR(3),
-          FOUR(4), FOUR(5), FOUR(6), FOUR(7));
-  } else if constexpr (F16_TYPE) {
-    WGMMA(32, "f16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
-  } else {
-    WGMMA(32, "bf16", SIXTEEN_NAMES, "%16", "%17", "%18", "%19", "%20", FOUR(0), FOUR(1), FOUR(2), FOUR(3));
-  }
-}
-#undef WGMMA
-#undef FOUR
-#undef SIXTEEN_NAMES
-#undef MORE_NAMES
-
-// Descriptor of B: no swizzle, 8 x 16-byte blocks that lie 128 bytes apart over columns of x and `chunk` bytes apart
-// over K.
-__device__ __forceinline__ uint64_t b_descriptor(uint32_t at, uint32_t chunk) {
-  return (uint64_t)(at >> 4 & 0x3FFF) | (uint64_t)(chunk >> 4) << 16 | (uint64_t)(128 >> 4) << 32;
-}
-
 // Sixteen bytes of column n, from column 32 j + 8 i of x on, to where wgmma reads them.
 template <int GROUP, int NC>
 __device__ __forceinline__ void put_columns(uint32_t xs, int n, int j, int i, uint4 v) {

@@ -150,6 +150,7 @@ class Staged {
 
   size_t bytes() const { return bytes_; }
   const uint8_t* weights() const { return weights_.get(); }
+  const uint32_t* overflow() const { return overflow_.get(); }
   double bits() const { return (bytes_ + 4.0 * totals_[0]) * 8 / ((double)dense_.rows * dense_.cols); }
   std::string details() const {
     char text[120];

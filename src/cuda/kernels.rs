@@ -16,6 +16,7 @@ use super::family::{Family, PackedKernels};
 use super::layers::SideStreams;
 use super::pair::PairKernels;
 use super::pointwise::PointwiseKernels;
+use super::prefill::PrefillKernels;
 use super::rans::RansKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
@@ -42,6 +43,8 @@ pub(super) struct Kernels {
     pub rans: RansKernels,
     pub attention: AttentionKernels,
     pub pointwise: PointwiseKernels,
+    /// Only on compute capability 9.0.
+    pub prefill: Option<PrefillKernels>,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
     /// Dynamic shared memory that a block may have.
@@ -113,6 +116,8 @@ impl Kernels {
             let module = if family == Family::Fixed { &fixed } else { &integers };
             Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
         });
+        let warpgroups = capability == (9, 0);
+        let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
         Ok(Kernels {
             decode_rows,
             decode_rows_bf16: function(&decode, "taper_decode_rows_bf16", shared)?.0,
@@ -127,6 +132,7 @@ impl Kernels {
             pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
+            prefill: prefill.transpose()?,
             blocks: OnceLock::new(),
             shared,
             staging: Mutex::new(None),
@@ -134,7 +140,7 @@ impl Kernels {
             side: Mutex::new(None),
             processors: processors as usize,
             compiled_for: capability,
-            warpgroups: capability == (9, 0),
+            warpgroups,
             programmatic: capability >= (9, 0),
             context,
         })

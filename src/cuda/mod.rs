@@ -8,7 +8,8 @@
 //! 2. **At rest and in use are two things.** A [`Layout`] says what stays in the GPU's memory: the stream itself, a layout
 //!    that a fused kernel multiplies with, or plain weights. The stream is turned into it on the GPU, in blocks of rows.
 //! 3. **Few rows of activations take a fused kernel, many take cuBLAS**: blocks of rows are decoded into a workspace of
-//!    bounded size, one per GPU, and multiplied with candle's own cuBLAS handle.
+//!    bounded size, one per GPU, and multiplied with candle's own cuBLAS handle. On Hopper BF16 rows up to a thousand take
+//!    a fused kernel of their own.
 //! 4. **Matrices of GGUF files** stay at the file's bits: blocks are uploaded as they are and laid out on the GPU
 //!    ([`CudaWeight::from_blocks`]). Their products are the same kernels over other units.
 //! 5. **A product allocates its result and nothing else**, uploads nothing and never waits, so that it can be captured in a
@@ -47,6 +48,7 @@ mod pair_packing;
 mod plan;
 mod pointwise;
 mod prefer;
+mod prefill;
 mod product;
 mod rans;
 mod scratch;

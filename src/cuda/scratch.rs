@@ -78,12 +78,38 @@ impl Scratch {
         let state = self.state(device);
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         let State { partials, arrived, .. } = &mut *state;
+        let arrived = self.zeros(arrived, device, words)?;
+        work(last(partials, device, partial, "partial sums")?, arrived)
+    }
+
+    /// Both at once: `bytes` of a workspace, and what [`Scratch::product`] has.
+    pub fn both<T>(
+        &self,
+        device: &CudaDevice,
+        bytes: usize,
+        partial: usize,
+        work: impl FnOnce(&mut CudaSlice<u8>, &mut CudaSlice<f32>, &mut CudaSlice<u32>) -> Result<T>,
+    ) -> Result<T> {
+        let state = self.state(device);
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { workspaces, partials, arrived } = &mut *state;
+        let arrived = self.zeros(arrived, device, 0)?;
+        let partial = last(partials, device, partial, "partial sums")?;
+        work(last(workspaces, device, bytes, "a workspace")?, partial, arrived)
+    }
+
+    /// At least `words` that are zero, and two for each multiprocessor.
+    fn zeros<'b>(
+        &self,
+        arrived: &'b mut Vec<CudaSlice<u32>>,
+        device: &CudaDevice,
+        words: usize,
+    ) -> Result<&'b mut CudaSlice<u32>> {
         if arrived.last().is_none_or(|held| held.len() < words) {
             may_grow()?;
             arrived.push(device.alloc_zeros::<u32>(words.next_power_of_two().max(2 * self.processors))?);
         }
-        let arrived = arrived.last_mut().ok_or_else(|| Error::Invalid("no scratch memory".into()))?;
-        work(last(partials, device, partial, "partial sums")?, arrived)
+        arrived.last_mut().ok_or_else(|| Error::Invalid("no scratch memory".into()))
     }
 }
 

@@ -8,7 +8,7 @@ use candle_taper::{Dtype, Options};
 
 use crate::common::Shape;
 use crate::products::{activations, matrix};
-use crate::{captured_and_replayed, gpu, values, whole_gpu};
+use crate::{captured_and_replayed, gpu, hopper, values, whole_gpu};
 
 /// A chain of two layers is captured and replayed on new activations.
 #[test]
@@ -17,7 +17,9 @@ fn products_are_captured_and_replayed() {
     let up = matrix(Shape::Scaled, Dtype::Bf16, 1536, 1024, &Options::default());
     let down = matrix(Shape::StudentT, Dtype::Bf16, 1024, 1536, &Options::default());
     for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
-        for m in [1, 8, 40] {
+        // More rows may take cuBLAS.
+        let rows = if layout == GpuLayout::Fixed && hopper(&device) { vec![1, 8, 40, 200] } else { vec![1, 8, 40] };
+        for m in rows {
             for programmatic in [true, false] {
                 set_programmatic_launch(programmatic);
                 let on = |w: &crate::products::Matrix| {

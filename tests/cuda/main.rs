@@ -14,6 +14,7 @@ mod layers;
 mod load;
 mod model;
 mod portable;
+mod prefill;
 mod products;
 mod replay;
 mod small;
@@ -66,6 +67,11 @@ fn open() -> Option<Device> {
 /// What candle calls a GPU, without the enum around it.
 fn cuda(device: &Device) -> &CudaDevice {
     device.as_cuda_device().expect("a GPU")
+}
+
+/// Whether the GPU multiplies many rows of BF16 with kernels of our own.
+fn hopper(device: &Device) -> bool {
+    candle_taper::cuda::LoadedKernels::of(cuda(device)).unwrap().compute_capability() == (9, 0)
 }
 
 /// A tensor's values as F32.

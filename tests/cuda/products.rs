@@ -98,7 +98,11 @@ pub fn check(device: &Device, layer: &CompressedLinear, w: &Matrix, x: &[f32], m
     let parts = [DType::BF16, DType::F16, DType::F32].iter().position(|&d| d == dtype).unwrap() + 1;
     let packed = matches!(layer.in_use().unwrap().0, GpuLayout::Fixed | GpuLayout::Integers);
     let columns = m * parts;
+    // Hopper multiplies up to a thousand BF16 rows without cuBLAS.
+    let many =
+        crate::hopper(device) && dtype == DType::BF16 && m <= 1024 && layer.in_use().unwrap().0 == GpuLayout::Fixed;
     let fused = dtype == DType::F32
+        || many
         || packed && m <= 64 && columns <= 128
         || layer.in_use().unwrap().0 == GpuLayout::Pair && columns <= 32
         || layer.in_use().unwrap().0 == GpuLayout::Rans && (m <= 4 || m <= 8 && !w.cols.is_multiple_of(256));

@@ -15,7 +15,8 @@ use crate::{captured_and_replayed, decode, generation, gpu, kquant, whole_gpu};
 
 /// Rows of activations, one for each kernel: registers, two widths of rings, wide products, warpgroups.
 const ROWS: [usize; 5] = [1, 7, 16, 24, 40];
-/// Rows that are multiplied by cuBLAS, whose writes initcheck does not see and calls missing.
+/// Rows that are multiplied by cuBLAS, whose writes initcheck does not see and calls missing; [`prefill`] has those that
+/// are not.
 const MANY: usize = 70;
 
 #[test]
@@ -76,6 +77,27 @@ fn many_rows() {
     }
     let matrix = kquant::Matrix::new(GgmlType::Q4_K, 40, 768, 7);
     kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::BF16);
+}
+
+/// The smallest matrices for which each of the kernels for many rows is chosen; blocks that are cut; repairs of both lists.
+#[test]
+fn prefill() {
+    let Some(device) = gpu() else { return };
+    let cases = [
+        (Shape::StudentT, 40, 520, 70),
+        (Shape::Specials, 16, 200, 70),
+        (Shape::StudentT, 40, 1300, 70),
+        (Shape::StudentT, 40, 1300, 130),
+        (Shape::Scaled, 2112, 128, 600),
+        (Shape::Scaled, 2176, 128, 1000),
+        (Shape::Scaled, 2944, 128, 1000),
+    ];
+    for (shape, rows, cols, m) in cases {
+        let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
+        let what = format!("{shape:?} {rows}x{cols} m={m}");
+        check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
+    }
 }
 
 #[test]

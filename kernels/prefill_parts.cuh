@@ -1,0 +1,220 @@
+// What prefill.cuh is made of: how blocks are shared out, the order of activations, repairs, results.
+#pragma once
+#include "product.cuh"
+#include "wgmma.cuh"
+
+namespace taper {
+
+struct Prefill {
+  const uint8_t* weights;
+  const uint32_t* overflow;
+  const uint8_t* x;  // arranged
+  uint16_t* y;       // bf16
+  float* partial;
+  uint32_t* arrived;
+  int rows, cols, batch, y_stride;
+  int cut;         // blocks that are cut into pieces
+  int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
+};
+
+struct Arrange {
+  const uint16_t* x;  // bf16
+  uint8_t* out;
+  int x_stride, batch, cols;
+  int width, padded;  // N of the product that follows; the batch rounded up to it
+};
+
+// Results of 32 columns and 64 rows, as they lie in shared memory before they are written.
+// Warps that fetch weights.
+constexpr int FETCHERS = 3;
+constexpr int RESULT_STRIDE = 144, RESULT_BUFFER = 32 * RESULT_STRIDE;
+
+// What one block of the grid works on, piece by piece: its share of the blocks that are cut, then whole ones. What can
+// be computed anew is not kept: the loop over K needs the registers.
+struct Pieces {
+  uint32_t units, cut;          // of the product
+  uint32_t at = ~0u;            // the next unit of its share; behind that, whole blocks
+  uint32_t block, first, last;  // the piece: units [first, last) of block
+  __device__ Pieces(uint32_t units_, uint32_t cut_) : units(units_), cut(cut_) {}
+  // Fewer than two blocks of the product for each of the grid are cut, so the product fits for 100,000 units.
+  __device__ uint32_t start(uint32_t i, uint32_t grid) const { return cut * units * i / grid; }
+  // blocks: of the product.
+  __device__ bool next(uint32_t me, uint32_t grid, uint32_t blocks) {
+    const uint32_t end = start(me + 1, grid);
+    if (at == ~0u) at = start(me, grid);
+    if (at < end) {
+      block = at / units, first = at - block * units, last = min(units, first + (end - at));
+      at += last - first;
+      return true;
+    }
+    block = cut + me + (at++ - end) * grid, first = 0, last = units;
+    return block < blocks;
+  }
+};
+
+// x (batch x cols) in prefill.cuh's order, a thread per vector and column of activations.
+__device__ __forceinline__ void arrange(const Arrange& p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i % p.padded, j = i / p.padded,
+            vectors = ceil_div(p.cols, UNIT_COLS) * 4;
+  if (j >= vectors) return;
+  uint4 v[4];
+  const uint16_t* from = p.x + (size_t)n * p.x_stride + 32 * j;
+  if (n < p.batch && 32 * j + 32 <= p.cols && ((size_t)from & 15) == 0) {
+#pragma unroll
+    for (int t = 0; t < 4; t++) v[t] = ((const uint4*)from)[t];
+  } else {
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int e = 0; e < 8; e++)
+        if (n < p.batch && 32 * j + 8 * t + e < p.cols) w[e / 2] |= (uint32_t)from[8 * t + e] << 16 * (e & 1);
+      v[t] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+  }
+  uint4* to = (uint4*)p.out + ((size_t)(n / p.width) * vectors + j) * 4 * p.width + n % p.width;
+  to[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
+  to[p.width] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
+  to[2 * p.width] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
+  to[3 * p.width] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// ---- PTX that only this kernel needs ----
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+// Nought, of which the compiler does not know: what is added to it is computed where it is used, not kept.
+__device__ __forceinline__ uint32_t nothing() {
+  uint32_t v;
+  asm volatile("mov.u32 %0, 0;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+  uint64_t p;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
+  return p;
+}
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+  return d;
+}
+__device__ __forceinline__ void store_transposed(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void warpgroup_sync(int half) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
+}
+__device__ __forceinline__ void set_flag(uint32_t* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_flag(uint32_t* flag) {
+  uint32_t v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  while (v == 0);
+}
+// Position in a ring of barriers.
+template <int SLOTS>
+struct Turn {
+  uint32_t slot = 0, phase = 0;
+  __device__ void next() {
+    if (++slot == SLOTS) slot = 0, phase ^= 1;
+  }
+};
+
+// The repairs that a unit needs. Most need none or one, so those of a stage's own list are taken one after another, by
+// the lane that has the weight; those of the overflow list are many, and go through shared memory.
+struct Repairs {
+  uint32_t entry, vectors = 0, stage = 0, unit = 0;  // stage: where its trailer is
+  __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
+    entry = lds32(lane < ENTRIES ? trailer + 8 + extra + 4 * lane : trailer);
+    unit = 16u | u, stage = trailer;
+    const bool mine = lane < ENTRIES ? repairs_unit(entry, u) : entry != 0;
+    vectors = 0;
+    if (!__any_sync(~0u, mine)) return;
+    vectors = __reduce_or_sync(~0u, !mine ? 0u : lane < ENTRIES ? 1u << (entry >> 9 & 3) : 15u);
+  }
+  __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
+                                        const uint32_t* overflow) const {
+    if (const uint32_t count = lds32(stage)) return patch_many(count, j, a, scratch, lane, overflow);
+    uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
+#pragma unroll 1
+    while (left) {
+      const uint32_t e = __shfl_sync(~0u, entry, __ffs(left) - 1);
+      left &= left - 1;
+      const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
+                     halves = e & 1 ? 0x7610 : 0x3276;
+#pragma unroll
+      for (uint32_t p = 0; p < 8; p++)
+        if (place == p) a[p] = __byte_perm(a[p], e, halves);
+    }
+  }
+  __device__ __forceinline__ void patch_many(uint32_t count, int j, uint32_t (&a)[8], uint32_t scratch, int lane,
+                                             const uint32_t* overflow) const {
+    overflow += lds32(stage + 4);
+    sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
+    sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
+    __syncwarp();
+#pragma unroll 1
+    for (uint32_t i = lane; i < count; i += 32) {
+      const uint32_t e = __ldg(overflow + i);
+      if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
+    }
+    __syncwarp();
+    const uint4 lo = lds128(scratch + 16 * lane), hi = lds128(scratch + 512 + 16 * lane);
+    a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
+    __syncwarp();
+  }
+};
+
+// A warpgroup's 64 rows x N columns, rounded. Where all rows are there they go through shared memory, so that whole
+// lines of 128 bytes are written.
+template <int N>
+__device__ __forceinline__ void store_results(const Prefill& p, const float (&c)[N / 8][4], int first_row, int column0,
+                                              uint32_t scratch, int half, int place) {
+  const int lane = place & 31, warp = place >> 5, g = lane >> 2, t = lane & 3;
+  if (((size_t)p.y & 15) == 0 && p.y_stride % 8 == 0 && first_row + 4 * TILE_ROWS <= p.rows) {
+    const uint32_t out = scratch + (8 * (lane >> 4) + (lane & 7)) * RESULT_STRIDE + (lane >> 3 & 1) * 16 + warp * 32,
+                   in = scratch + place / 8 * RESULT_STRIDE + place % 8 * 16;
+    uint16_t* to = p.y + (size_t)(column0 + place / 8) * p.y_stride + first_row + place % 8 * 8;
+    const int left = p.batch - column0 - place / 8;
+#pragma unroll
+    for (int n = 0; n < N; n += 32) {
+      const uint32_t buffer = n / 32 % 2 * RESULT_BUFFER;
+#pragma unroll
+      for (int h = 0; h < 2 && n + 16 * h < N; h++) {
+        const float (&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
+        store_transposed(out + buffer + 16 * h * RESULT_STRIDE, pack_bf16(lo[0], lo[1]), pack_bf16(lo[2], lo[3]),
+                         pack_bf16(hi[0], hi[1]), pack_bf16(hi[2], hi[3]));
+      }
+      warpgroup_sync(half);
+#pragma unroll
+      for (int i = 0; i < 2 && n + 16 * i < N; i++) {
+        const uint4 v = lds128(in + buffer + 16 * i * RESULT_STRIDE);
+        if (left > n + 16 * i) *(uint4*)(to + (size_t)(n + 16 * i) * p.y_stride) = v;
+      }
+    }
+    warpgroup_sync(half);  // the scratch memory is free again
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    const int row = first_row + warp * TILE_ROWS + g + 8 * (i >> 1 & 1),
+              column = column0 + 8 * (i / 4) + 2 * t + (i & 1);
+    if (row < p.rows && column < p.batch)
+      p.y[(size_t)column * p.y_stride + row] = (uint16_t)pack_bf16(c[i / 4][i % 4], 0);
+  }
+}
+#endif
+
+}  // namespace taper

@@ -1,0 +1,243 @@
+//! Products with many rows of activations on compute capability 9.0: weights are decoded into the registers of running
+//! matrix products (`kernels/prefill.cuh`), nothing is decoded to memory.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc;
+use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+
+use super::family::{Family, UNIT_COLS};
+use super::kernels::function;
+use super::launch::{Grid, launch_with, programmatic};
+use super::packed::Packed;
+use super::scratch::WORKSPACE;
+use crate::codec::{Dtype, Geometry};
+use crate::{Error, Result};
+
+/// Rows of the matrix in a block, and its threads.
+const BLOCK_ROWS: usize = 128;
+const THREADS: u32 = 384;
+/// Beyond so many rows of activations it is faster to decode once and leave the product to cuBLAS.
+const MOST_ROWS: usize = 1024;
+/// Up to so many rows there are kernels of their own.
+const FEW_ROWS: usize = 64;
+
+/// A kernel's share of the activations, and what it costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Width {
+    /// Rows of activations in a block.
+    columns: usize,
+    /// Time for 32 units of 128 columns of the matrix in each block, in microseconds on an H200.
+    cost: f64,
+}
+
+const WIDTHS: [Width; 3] =
+    [Width { columns: 128, cost: 39.0 }, Width { columns: 192, cost: 42.5 }, Width { columns: 256, cost: 52.0 }];
+/// What it costs to add up the pieces of blocks, in units.
+const MEETING: f64 = 8.3;
+
+/// The kernels; no other compute capability than 9.0 has them.
+#[derive(Debug)]
+pub(super) struct PrefillKernels {
+    arrange: CudaFunction,
+    /// One for each of [`WIDTHS`], and the shared memory that it may ask for.
+    products: [(CudaFunction, usize); 3],
+}
+
+impl PrefillKernels {
+    pub fn load(module: &Arc<CudaModule>, shared: i32) -> Result<PrefillKernels> {
+        let [a, b, c] = WIDTHS.map(|width| function(module, &format!("fixed_prefill_{}", width.columns), shared));
+        Ok(PrefillKernels { arrange: function(module, "prefill_arrange", 0)?.0, products: [a?, b?, c?] })
+    }
+}
+
+/// The arguments: the structs of these names in `kernels/prefill_parts.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arrange {
+    x: u64,
+    out: u64,
+    x_stride: i32,
+    batch: i32,
+    cols: i32,
+    width: i32,
+    padded: i32,
+    unused: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Prefill {
+    weights: u64,
+    overflow: u64,
+    x: u64,
+    y: u64,
+    partial: u64,
+    arrived: u64,
+    rows: i32,
+    cols: i32,
+    batch: i32,
+    y_stride: i32,
+    cut: i32,
+    by128: i32,
+    by8: i32,
+    unused: i32,
+}
+
+// SAFETY: plain numbers in C's layout, without padding.
+unsafe impl DeviceRepr for Arrange {}
+const _: () = assert!(size_of::<Arrange>() == 40);
+// SAFETY: as above.
+unsafe impl DeviceRepr for Prefill {}
+const _: () = assert!(size_of::<Prefill>() == 80);
+
+/// How a product is shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Plan {
+    /// Which of [`WIDTHS`].
+    kernel: usize,
+    /// Rows of activations, with those that fill up the last block.
+    padded: usize,
+    /// Blocks of the grid.
+    grid: usize,
+    /// Blocks of the product that are cut into pieces.
+    cut: usize,
+}
+
+impl Plan {
+    /// The one that should take the least time.
+    fn of(geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
+        let plans = (0..WIDTHS.len())
+            .flat_map(|kernel| [false, true].map(|cut| Plan::with(kernel, cut, geometry, batch, processors)));
+        plans.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
+    }
+
+    /// With one of the kernels, blocks whole or cut; and its cost.
+    fn with(kernel: usize, cut: bool, geometry: Geometry, batch: usize, processors: usize) -> (f64, Plan) {
+        let (Geometry { rows, cols }, Width { columns, cost, .. }) = (geometry, WIDTHS[kernel]);
+        let (units, padded) = (cols.div_ceil(UNIT_COLS), batch.next_multiple_of(columns));
+        let blocks = rows.div_ceil(BLOCK_ROWS) * (padded / columns);
+        let grid = processors.min(if cut { blocks * units } else { blocks });
+        let plan = |cut| Plan { kernel, padded, grid, cut };
+        if cut && !blocks.is_multiple_of(grid) {
+            let each = (blocks * units) as f64 / grid as f64 + MEETING;
+            return (cost * each, plan(blocks.min(blocks % grid + grid)));
+        }
+        (cost * (blocks.div_ceil(grid) * units) as f64, plan(0))
+    }
+
+    /// Floats that blocks hand to each other.
+    fn partial(&self) -> usize {
+        if self.cut > 0 { self.grid * BLOCK_ROWS * WIDTHS[self.kernel].columns } else { 0 }
+    }
+}
+
+impl Packed {
+    /// The kernels, if they are the fastest way to multiply with so many rows of activations.
+    pub(super) fn prefills(&self, batch: usize, dtype: Dtype) -> Option<&PrefillKernels> {
+        let faster = (FEW_ROWS + 1..=MOST_ROWS).contains(&batch);
+        let fits = arranged_bytes(batch.next_multiple_of(WIDTHS[2].columns), self.geometry.cols) <= WORKSPACE;
+        let taken = faster && fits && dtype == Dtype::Bf16 && self.family == Family::Fixed;
+        self.kernels.prefill.as_ref().filter(|_| taken)
+    }
+
+    /// Enqueues `y = x · Wᵀ` for `batch` rows of BF16: false, with nothing done, if that cannot be.
+    pub(super) fn prefill(
+        &self,
+        kernels: &PrefillKernels,
+        x: &CudaView<u8>,
+        y: &mut CudaViewMut<u8>,
+        batch: usize,
+    ) -> Result<bool> {
+        let Geometry { rows, cols } = self.geometry;
+        if batch * cols * 2 > x.len() || batch * rows * 2 > y.len() {
+            return Err(Error::Invalid("a product that does not fit into its memory".into()));
+        }
+        let Some(plan) = Plan::of(self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
+        let bytes = arranged_bytes(plan.padded, cols);
+        let width = WIDTHS[plan.kernel];
+        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
+            let (weights, _weights) = self.weights.device_ptr(&stream);
+            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
+            let (x, _x) = x.device_ptr(&stream);
+            let (y, _y) = y.device_ptr_mut(&stream);
+            let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
+            let (partial, _partial) = partial.device_ptr_mut(&stream);
+            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
+            let [batch, rows, cols, columns, padded, cut] =
+                [batch, rows, cols, width.columns, plan.padded, plan.cut].map(|size| size as i32);
+            let arrange = Arrange { x, out: arranged, x_stride: cols, batch, cols, width: columns, padded, unused: 0 };
+            // A thread for each vector of 32 columns.
+            let grid = Grid { blocks: [(bytes / 64).div_ceil(256) as u32, 1, 1], threads: 256, shared: 0 };
+            // SAFETY: `x` holds `batch` rows, the workspace `padded` rows of whole units.
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
+            let product = Prefill {
+                weights,
+                overflow,
+                x: arranged,
+                y,
+                partial,
+                arrived,
+                rows,
+                cols,
+                batch,
+                y_stride: rows,
+                cut,
+                by128: 128,
+                by8: 8,
+                unused: 0,
+            };
+            let (function, shared) = &kernels.products[plan.kernel];
+            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
+            // SAFETY: memory of the sizes that the kernel expects, as checked above and planned; no more blocks than
+            // multiprocessors, as they wait for each other.
+            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic)? };
+            Ok(true)
+        })
+    }
+}
+
+/// Bytes of arranged activations: whole units of columns.
+fn arranged_bytes(rows: usize, cols: usize) -> usize {
+    rows * cols.next_multiple_of(UNIT_COLS) * 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_cover_every_row_and_their_pieces_every_block() {
+        for (rows, cols) in [(1, 1), (130, 2050), (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)] {
+            for batch in [65, 100, 128, 200, 512, 600, 1024] {
+                for processors in [1, 2, 14, 114, 132] {
+                    let plan = Plan::of(Geometry { rows, cols }, batch, processors).unwrap();
+                    let Width { columns, .. } = WIDTHS[plan.kernel];
+                    assert!(
+                        plan.padded >= batch && plan.padded < batch + columns && plan.padded.is_multiple_of(columns)
+                    );
+                    let blocks = rows.div_ceil(BLOCK_ROWS) * (plan.padded / columns);
+                    assert!(plan.grid <= processors && plan.grid > 0);
+                    // What is cut is all, or leaves whole rounds.
+                    assert!(plan.cut <= blocks && plan.cut < 2 * plan.grid, "{plan:?} of {blocks}");
+                    assert!(plan.cut == 0 || (blocks - plan.cut).is_multiple_of(plan.grid), "{plan:?} of {blocks}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_take_narrow_blocks_and_narrow_matrices_are_cut() {
+        let plan = |rows, cols, batch| Plan::of(Geometry { rows, cols }, batch, 132).unwrap();
+        assert_eq!(plan(14336, 4096, 100), Plan { kernel: 0, padded: 128, grid: 112, cut: 0 });
+        assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, padded: 512, grid: 128, cut: 0 });
+        assert_eq!(plan(4096, 14336, 512), Plan { kernel: 2, padded: 512, grid: 132, cut: 64 });
+        // The cases of tests/cuda/small.rs take each of the kernels, and cut blocks.
+        let cases = [(40, 520, 70), (40, 1300, 70), (2112, 128, 600), (2176, 128, 1000), (2944, 128, 1000)];
+        let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
+        let taken = plans.map(|plan| (plan.kernel, plan.cut > 0));
+        assert_eq!(taken, [(0, false), (0, true), (0, false), (1, false), (2, false)]);
+    }
+}
