@@ -391,9 +391,9 @@ struct Zeros {
   static constexpr int MOST = 16;  // of code - zero
   static constexpr bool MINS = true;
   float scale[2];
-  uint32_t zeros;
+  uint32_t both, zeros;
   __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int g) {
-    const uint32_t both = lds32(at + 4 * g);
+    both = lds32(at + 4 * g);
     scale[0] = half_to_float(both & 0xFFFF), scale[1] = half_to_float(both >> 16), zeros = lds16(at + 32 + 2 * g);
   }
   // Two bf16 -(128 + zero) for row g (h = 0) or g+8.

@@ -259,7 +259,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
       }
     }
     store_results<N>(p, c, (first_tile(piece.block) + 4 * half) * TILE_ROWS, piece.block % wide() * N,
-                     at.scratches + 4 * half * R::SCRATCH, half, place);
+                     at.scratches + 4 * half * R::SCRATCH, half, place, pack_bf16);
   }
 #endif
 }

@@ -15,6 +15,7 @@ struct Prefill {
   int rows, cols, batch, y_stride;
   int cut;         // blocks that are cut into pieces
   int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
+  int y_type;      // as activations.cuh numbers it; prefill.cuh's is bf16
 };
 
 struct Arrange {
@@ -177,11 +178,11 @@ struct Repairs {
   }
 };
 
-// A warpgroup's 64 rows x N columns, rounded. Where all rows are there they go through shared memory, so that whole
+// A warpgroup's 64 rows x N columns, rounded in pairs by `pack`. Where all rows are there they go through shared memory, so that whole
 // lines of 128 bytes are written.
-template <int N>
+template <int N, class Pack>
 __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)[N / 8][4], int first_row, int column0,
-                                              uint32_t scratch, int half, int place) {
+                                              uint32_t scratch, int half, int place, Pack pack) {
   const int lane = place & 31, warp = place >> 5, g = lane >> 2, t = lane & 3;
   if (((size_t)p.y & 15) == 0 && p.y_stride % 8 == 0 && first_row + 4 * TILE_ROWS <= p.rows) {
     const uint32_t out = scratch + (8 * (lane >> 4) + (lane & 7)) * RESULT_STRIDE + (lane >> 3 & 1) * 16 + warp * 32,
@@ -194,8 +195,8 @@ __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)
 #pragma unroll
       for (int h = 0; h < 2 && n + 16 * h < N; h++) {
         const float (&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
-        store_transposed(out + buffer + 16 * h * RESULT_STRIDE, pack_bf16(lo[0], lo[1]), pack_bf16(lo[2], lo[3]),
-                         pack_bf16(hi[0], hi[1]), pack_bf16(hi[2], hi[3]));
+        store_transposed(out + buffer + 16 * h * RESULT_STRIDE, pack(lo[0], lo[1]), pack(lo[2], lo[3]),
+                         pack(hi[0], hi[1]), pack(hi[2], hi[3]));
       }
       warpgroup_sync(half);
 #pragma unroll
@@ -212,7 +213,7 @@ __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)
     const int row = first_row + warp * TILE_ROWS + g + 8 * (i >> 1 & 1),
               column = column0 + 8 * (i / 4) + 2 * t + (i & 1);
     if (row < p.rows && column < p.batch)
-      p.y[(size_t)column * p.y_stride + row] = (uint16_t)pack_bf16(c[i / 4][i % 4], 0);
+      p.y[(size_t)column * p.y_stride + row] = (uint16_t)pack(c[i / 4][i % 4], 0);
   }
 }
 #endif

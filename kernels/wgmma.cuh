@@ -63,6 +63,23 @@ __device__ __forceinline__ void wgmma(float (&c)[NB][4], const uint32_t* a, uint
           THIRTY_TWO(8), THIRTY_TWO(16), THIRTY_TWO(24));
   }
 }
+
+// The same with e4m3, which has K twice as wide; without `add`: D = A B. It should not be known at compile time: ptxas
+// then keeps the accumulators of products that follow one another in the same registers.
+#define WGMMA_8(N, NAMES, A0, A1, A2, A3, B, ADD, ...)                                                                \
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, " ADD ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #N              \
+               "k32.f32.e4m3.e4m3 {" NAMES "}, {" A0 "," A1 "," A2 "," A3 "}, " B ", p, 1, 1;\n\t}"                   \
+               : __VA_ARGS__                                                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((uint32_t)add))
+template <int NB>
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[NB][4], const uint32_t* a, uint64_t b, uint32_t add) {
+  static_assert(NB == 8 || NB == 16, "");
+  if constexpr (NB == 8)
+    WGMMA_8(64, NAMES_0 NAMES_16, "%32", "%33", "%34", "%35", "%36", "%37", THIRTY_TWO(0));
+  else
+    WGMMA_8(128, NAMES_0 NAMES_16 NAMES_32, "%64", "%65", "%66", "%67", "%68", "%69", THIRTY_TWO(0), THIRTY_TWO(8));
+}
+#undef WGMMA_8
 #undef WGMMA
 #undef WGMMA_OF
 #undef FOUR

@@ -13,6 +13,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::attention::AttentionKernels;
 use super::family::{Family, PackedKernels};
+use super::fp8::Fp8Kernels;
 use super::layers::SideStreams;
 use super::pair::PairKernels;
 use super::pointwise::PointwiseKernels;
@@ -45,6 +46,8 @@ pub(super) struct Kernels {
     pub pointwise: PointwiseKernels,
     /// Only on compute capability 9.0.
     pub prefill: Option<PrefillKernels>,
+    /// Likewise.
+    pub fp8: Option<Fp8Kernels>,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
     /// Dynamic shared memory that a block may have.
@@ -118,6 +121,7 @@ impl Kernels {
         });
         let warpgroups = capability == (9, 0);
         let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
+        let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
             decode_rows,
             decode_rows_bf16: function(&decode, "taper_decode_rows_bf16", shared)?.0,
@@ -133,6 +137,7 @@ impl Kernels {
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
             prefill: prefill.transpose()?,
+            fp8: fp8.transpose()?,
             blocks: OnceLock::new(),
             shared,
             staging: Mutex::new(None),

@@ -29,6 +29,7 @@ mod choose;
 mod decode;
 mod family;
 mod form;
+mod fp8;
 mod gemm;
 mod graph;
 mod hybrid;

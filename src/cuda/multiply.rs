@@ -16,6 +16,8 @@ use crate::{Error, Result};
 #[derive(Clone, Copy)]
 enum Direction {
     Forward,
+    /// With activations rounded to FP8 where there are kernels for it.
+    Fp8,
     Backward,
 }
 
@@ -27,6 +29,17 @@ impl CudaWeight {
     pub fn matmul(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let Geometry { rows, cols } = self.geometry();
         self.apply(x, layout, [cols, rows], Direction::Forward)
+    }
+
+    /// [`CudaWeight::matmul`], but from 64 rows on `x` is rounded to FP8 (E4M3, times a power of two for each row) and
+    /// multiplied on FP8 tensor cores, if `W` is of 4-bit integers in groups of 128 and the GPU of compute capability 9.0. A
+    /// row of `x` with infinities or NaN gives NaN.
+    ///
+    /// # Errors
+    /// As [`CudaWeight::matmul`].
+    pub fn matmul_fp8(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let Geometry { rows, cols } = self.geometry();
+        self.apply(x, layout, [cols, rows], Direction::Fp8)
     }
 
     /// `y · W` for a contiguous `y` of shape `[…, rows]`: the gradient of [`CudaWeight::matmul`].
@@ -77,12 +90,17 @@ impl CudaWeight {
         if m > 0 {
             let fused = match (&self.kept, direction) {
                 (_, Direction::Backward) => false,
-                (Kept::Fused(fused), _) => fused.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?,
+                (Kept::Fused(fused), _) => {
+                    let (x, y) = (&bytes(x)?, &mut bytes_mut(&mut y)?);
+                    let packed = fused.packed().filter(|_| matches!(direction, Direction::Fp8));
+                    packed.map_or(Ok(false), |packed| packed.product_fp8(x, y, m, T::DTYPE))?
+                        || fused.product(x, y, m, T::DTYPE)?
+                }
                 (Kept::Stream(stream), _) => stream.product(&bytes(x)?, &mut bytes_mut(&mut y)?, m, T::DTYPE)?,
             };
             match direction {
                 _ if fused => {}
-                Direction::Forward => self.forward_dense(x, m, &mut y)?,
+                Direction::Forward | Direction::Fp8 => self.forward_dense(x, m, &mut y)?,
                 Direction::Backward => self.backward_dense(x, m, &mut y)?,
             }
         }

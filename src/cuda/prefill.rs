@@ -10,14 +10,14 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr,
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
-use super::packed::Packed;
+use super::packed::{Packed, kind_of};
 use super::scratch::WORKSPACE;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
 /// Rows of the matrix in a block, and its threads.
-const BLOCK_ROWS: usize = 128;
-const THREADS: u32 = 384;
+pub(super) const BLOCK_ROWS: usize = 128;
+pub(super) const THREADS: u32 = 384;
 /// Beyond so many rows of activations it is faster to decode once and leave the product to cuBLAS.
 const MOST_ROWS: usize = 1024;
 /// Up to so many rows there are kernels of their own.
@@ -68,21 +68,22 @@ struct Arrange {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Prefill {
-    weights: u64,
-    overflow: u64,
-    x: u64,
-    y: u64,
-    partial: u64,
-    arrived: u64,
-    rows: i32,
-    cols: i32,
-    batch: i32,
-    y_stride: i32,
-    cut: i32,
-    by128: i32,
-    by8: i32,
-    unused: i32,
+pub(super) struct Prefill {
+    pub weights: u64,
+    pub overflow: u64,
+    pub x: u64,
+    pub y: u64,
+    pub partial: u64,
+    pub arrived: u64,
+    pub rows: i32,
+    pub cols: i32,
+    pub batch: i32,
+    pub y_stride: i32,
+    pub cut: i32,
+    pub by128: i32,
+    pub by8: i32,
+    /// As `kernels/activations.cuh` numbers it: BF16 in products of this file.
+    pub y_type: i32,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -187,7 +188,7 @@ impl Packed {
                 cut,
                 by128: 128,
                 by8: 8,
-                unused: 0,
+                y_type: kind_of(Dtype::Bf16),
             };
             let (function, shared) = &kernels.products[plan.kernel];
             let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };

@@ -28,6 +28,9 @@ pub struct KQuantMatmul {
     place: Place,
     shape: [usize; 2],
     name: Option<Arc<str>>,
+    /// Only GPUs look at it.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    fp8: bool,
 }
 
 /// Where the matrix is.
@@ -60,7 +63,7 @@ impl KQuantMatmul {
     /// Holds a matrix of `out × in` (rows × columns), to be multiplied on the CPU.
     pub fn new(matrix: Arc<KQuantMatrix>) -> KQuantMatmul {
         let shape = [matrix.rows(), matrix.cols()];
-        KQuantMatmul { place: Place::Cpu(matrix), shape, name: None }
+        KQuantMatmul { place: Place::Cpu(matrix), shape, name: None, fp8: false }
     }
 
     /// Lays out a matrix in the memory of `device`.
@@ -94,13 +97,21 @@ impl KQuantMatmul {
                 return Err(Error::Unsupported(text));
             }
         };
-        Ok(KQuantMatmul { place, shape, name: None })
+        Ok(KQuantMatmul { place, shape, name: None, fp8: false })
     }
 
     /// Remembers the tensor's name for errors.
     pub fn with_name(mut self, name: &str) -> KQuantMatmul {
         self.name = Some(name.into());
         self
+    }
+
+    /// Rounds activations to FP8 where that is faster: from 64 rows on, for 4-bit integers in groups of 128 on a GPU of
+    /// compute capability 9.0. E4M3 has four significant bits and each row a power of two of its own, which costs some 2.7%
+    /// of the result's norm for Gaussian rows; a row with infinities or NaN gives NaN. Elsewhere activations stay as they
+    /// are. It is off unless this turns it on.
+    pub fn with_fp8(self, fp8: bool) -> KQuantMatmul {
+        KQuantMatmul { fp8, ..self }
     }
 
     /// The matrix, if it is on the CPU.
@@ -226,7 +237,9 @@ impl CustomOp1 for KQuantMatmul {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.on_gpu()?.matmul(storage, layout).map_err(|e| self.named(e))
+        let weight = self.on_gpu()?;
+        let product = if self.fp8 { weight.matmul_fp8(storage, layout) } else { weight.matmul(storage, layout) };
+        product.map_err(|e| self.named(e))
     }
 
     #[cfg(not(feature = "cuda"))]

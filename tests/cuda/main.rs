@@ -6,6 +6,7 @@ mod common;
 mod corrupt;
 mod decode;
 mod errors;
+mod fp8;
 mod generation;
 mod graph;
 mod joined;

@@ -11,7 +11,7 @@ use crate::common::int4::{FORMATS, Packed};
 use crate::common::kquant::QUANTIZED;
 use crate::common::{Shape, weights};
 use crate::products::{LAYOUTS, activations, check, matrix};
-use crate::{captured_and_replayed, decode, generation, gpu, kquant, whole_gpu};
+use crate::{captured_and_replayed, decode, fp8, generation, gpu, hopper, kquant, whole_gpu};
 
 /// Rows of activations, one for each kernel: registers, two widths of rings, wide products, warpgroups.
 const ROWS: [usize; 5] = [1, 7, 16, 24, 40];
@@ -64,6 +64,19 @@ fn kquants() {
     let matrix = kquant::Matrix { ty: GgmlType::Int4G128, shape: packed.shape, data: vec![], values: packed.values };
     for m in ROWS {
         kquant::check(&device, &layer, &matrix, &activations(m, 640, 1), DType::BF16);
+    }
+}
+
+#[test]
+fn activations_as_fp8() {
+    let Some(device) = gpu() else { return };
+    // Whole blocks; with pieces, as there are fewer blocks than multiprocessors and rows are long.
+    for cols in [640, 4352] {
+        let packed = Packed::new(FORMATS[0], 40, cols, 128, false);
+        let layer = packed.linear(&device).with_fp8(true);
+        for m in if hopper(&device) { &[64, 130][..] } else { &[] } {
+            fp8::check(&device, &layer, &packed, &fp8::exact(*m, cols, 1), DType::BF16);
+        }
     }
 }
 
