@@ -34,9 +34,14 @@ extern "C" __global__ void __launch_bounds__(128) taper_decode_rows(const uint8_
 }
 
 // The same for what `Bf16Rans` says, to BF16.
-extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16> plan,
+extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16, NO_SCALES> plan,
                                                                          uint32_t first, uint32_t rows, uint8_t *out,
                                                                          uint64_t stride, uint32_t *status) {
+    decode_rows(bytes, plan, first, rows, out, stride, status);
+}
+extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16_levels(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16, LEVELS> plan,
+                                                                                uint32_t first, uint32_t rows, uint8_t *out,
+                                                                                uint64_t stride, uint32_t *status) {
     decode_rows(bytes, plan, first, rows, out, stride, status);
 }
 

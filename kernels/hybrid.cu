@@ -105,7 +105,11 @@ extern "C" __global__ void __launch_bounds__(128) hybrid_product(const uint8_t *
 }
 
 // What `Bf16Rans` says.
-extern "C" __global__ void __launch_bounds__(128, 7) hybrid_product_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<F32> plan,
+extern "C" __global__ void __launch_bounds__(128, 7) hybrid_product_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<F32, NO_SCALES> plan,
                                                                          const __grid_constant__ Activations activations, uint32_t *status) {
+    product(bytes, plan, activations, status);
+}
+extern "C" __global__ void __launch_bounds__(128, 7) hybrid_product_bf16_levels(const uint8_t *bytes, const __grid_constant__ Bf16Rans<F32, LEVELS> plan,
+                                                                                const __grid_constant__ Activations activations, uint32_t *status) {
     product(bytes, plan, activations, status);
 }

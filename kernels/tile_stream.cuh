@@ -41,9 +41,9 @@ struct Plan {
 };
 
 // The usual coding of BF16 matrices, known when kernels are compiled: members of the same names hide those of the header, so
-// that most branches of a decoder fall away. `OUT`: the dtype to write.
-template <uint8_t OUT> struct Bf16Rans : Plan {
-    static constexpr uint8_t kind = BF16, dtype = BF16, class_bits = 4, coding = 1, raw_bits = 8, scale = NO_SCALES, out = OUT;
+// that most branches of a decoder fall away. `OUT`: the dtype to write; `SCALE`: NO_SCALES or LEVELS.
+template <uint8_t OUT, uint8_t SCALE> struct Bf16Rans : Plan {
+    static constexpr uint8_t kind = BF16, dtype = BF16, class_bits = 4, coding = 1, raw_bits = 8, scale = SCALE, out = OUT;
 };
 
 // Bytes that may be read: [p, p + len).

@@ -42,7 +42,7 @@ pub struct DeviceStream {
     dtype: Dtype,
     geometry: Geometry,
     /// Whether it is what `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
-    usual: bool,
+    usual: Option<usize>,
     /// Where its bands are, if `kernels/rans.cu` takes them.
     bands: Option<BandIndex>,
     /// Bytes of shared memory that decoding takes.
@@ -120,7 +120,7 @@ impl DeviceStream {
         self.plan
     }
 
-    pub(super) fn usual(&self) -> bool {
+    pub(super) fn usual(&self) -> Option<usize> {
         self.usual
     }
 
@@ -193,8 +193,9 @@ impl DeviceStream {
             let mut part = out.slice_mut((from - rows.start) * stride..(to - rows.start) * stride);
             let config = self.config(cols.div_ceil(TILE), most.min(tiles - start));
             let (from, count, stride) = (from as u32, (to - from) as u32, stride as u64);
-            let usual = self.usual && dtype == Dtype::Bf16;
-            let kernel = if usual { &self.kernels.decode_rows_bf16 } else { &self.kernels.decode_rows };
+            let kernels = &self.kernels;
+            let usual = self.usual.filter(|_| dtype == Dtype::Bf16);
+            let kernel = usual.map_or(&kernels.decode_rows, |usual| &kernels.decode_rows_bf16[usual]);
             let mut launch = stream.launch_builder(kernel);
             launch.arg(&self.bytes).arg(&plan).arg(&from).arg(&count).arg(&mut part).arg(&stride).arg(&self.status);
             // SAFETY: arguments as the kernel declares them; it reads within `plan.total` bytes, and writes `count` rows of

@@ -59,7 +59,7 @@ impl DeviceStream {
             shared_mem_bytes: self.shared() + (RINGS + 4 * TILE * batch) as u32,
         };
         let plan = self.plan().to(Dtype::F32, UNROUNDED);
-        let kernel = if self.usual() { &kernels.hybrid_bf16 } else { &kernels.hybrid };
+        let kernel = self.usual().map_or(&kernels.hybrid, |usual| &kernels.hybrid_bf16[usual]);
         kernels.scratch.product(self.device(), partial, down, |partial, arrived| {
             let (x, _x) = x.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);

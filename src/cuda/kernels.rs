@@ -32,10 +32,11 @@ mod image {
 /// Kernels of one GPU, and what its weights share.
 pub(super) struct Kernels {
     pub decode_rows: CudaFunction,
-    pub decode_rows_bf16: CudaFunction,
+    /// Without levels, and with them.
+    pub decode_rows_bf16: [CudaFunction; 2],
     pub decode_ids: CudaFunction,
     pub hybrid: CudaFunction,
-    pub hybrid_bf16: CudaFunction,
+    pub hybrid_bf16: [CudaFunction; 2],
     pub convert: CudaFunction,
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
@@ -124,10 +125,16 @@ impl Kernels {
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
             decode_rows,
-            decode_rows_bf16: function(&decode, "taper_decode_rows_bf16", shared)?.0,
+            decode_rows_bf16: [
+                function(&decode, "taper_decode_rows_bf16", shared)?.0,
+                function(&decode, "taper_decode_rows_bf16_levels", shared)?.0,
+            ],
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
             hybrid: function(&hybrid, "hybrid_product", shared)?.0,
-            hybrid_bf16: function(&hybrid, "hybrid_product_bf16", shared)?.0,
+            hybrid_bf16: [
+                function(&hybrid, "hybrid_product_bf16", shared)?.0,
+                function(&hybrid, "hybrid_product_bf16_levels", shared)?.0,
+            ],
             convert: function(&decode, "taper_convert", 0)?.0,
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
             repair_scan: function(&repair, "repair_scan", 0)?.0,

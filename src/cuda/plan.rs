@@ -61,11 +61,16 @@ impl Plan {
         }
     }
 
-    /// Whether a matrix is coded as `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
-    pub fn usual(plan: &codec::Plan) -> bool {
-        (plan.kind, plan.dtype) == (Kind::Bf16, Dtype::Bf16)
-            && (plan.coding, plan.scale) == (Coding::Rans, ScaleLayout::None)
-            && (plan.class_bits, plan.raw_bits) == (4, 8)
+    /// Whether a matrix is coded as `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels: without
+    /// levels (0), or with them (1).
+    pub fn usual(plan: &codec::Plan) -> Option<usize> {
+        let usual = (plan.kind, plan.dtype, plan.coding) == (Kind::Bf16, Dtype::Bf16, Coding::Rans)
+            && (plan.class_bits, plan.raw_bits) == (4, 8);
+        match plan.scale {
+            ScaleLayout::None if usual => Some(0),
+            ScaleLayout::Levels if usual => Some(1),
+            _ => None,
+        }
     }
 
     /// Bytes of the stream.

@@ -166,10 +166,11 @@ fn products_of_any_shape_are_right() {
 #[test]
 fn products_of_bf16_at_rest_are_right() {
     let Some(device) = gpu() else { return };
-    for (rows, cols) in [(1, 256), (67, 768), (600, 2048), (3000, 512)] {
+    // The last columns fill no whole tiles, which is for the reference.
+    for (rows, cols) in [(1, 256), (67, 768), (600, 2048), (3000, 512), (1088, 768), (3000, 520)] {
         for shape in [Shape::Gaussian, Shape::Scaled, Shape::Specials] {
             let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
-            if rows == 3000 {
+            if rows == 3000 && cols == 512 {
                 let levels = w.weight.plan().scale == ScaleLayout::Levels;
                 assert!(levels == (shape == Shape::Scaled) || shape == Shape::Specials, "{shape:?}");
             }
@@ -185,6 +186,19 @@ fn products_of_bf16_at_rest_are_right() {
                     check(&device, &layer, &w, &x, m, dtype, &format!("{what}, special x"));
                 }
             }
+        }
+    }
+}
+
+/// So many bands that each is cut into two parts, or left whole, and not cut into four.
+#[test]
+fn products_of_large_matrices_at_rest_are_right() {
+    let Some(device) = gpu() else { return };
+    for (rows, cols, shape) in [(64 * 1500, 256, Shape::Scaled), (64 * 2700, 256, Shape::Gaussian)] {
+        let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Rans).unwrap();
+        for m in [1, 2] {
+            check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &format!("{shape:?} m={m}"));
         }
     }
 }

@@ -24,9 +24,11 @@ fn products() {
     let Some(device) = gpu() else { return };
     let quantised = |codec, scale| Options { codec, scale, ..Options::default() };
     let cases = [
-        // With repairs; with levels, in whole tiles of columns, which streams at rest have kernels of their own for.
+        // With repairs; with levels, in whole tiles of columns, which streams at rest have kernels of their own for; in whole
+        // bands of rows too.
         (Dtype::Bf16, Shape::StudentT, 40, 520, Options::default()),
         (Dtype::Bf16, Shape::Scaled, 72, 512, Options::default()),
+        (Dtype::Bf16, Shape::StudentT, 128, 256, Options::default()),
         (Dtype::F32, Shape::Gaussian, 20, 200, Options::default()),
         (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Row))),
         (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Tile))),
