@@ -11,8 +11,9 @@ use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
-use super::prefill::{BLOCK_ROWS, Prefill, THREADS};
+use super::prefill::{Prefill, THREADS};
 use super::scratch::WORKSPACE;
+use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
@@ -22,14 +23,7 @@ const FEWEST_ROWS: usize = 64;
 /// Units whose sums of activations lie together.
 const SUMS: usize = 16;
 
-/// A kernel's rows of activations in a block, and what a unit of 128 columns of the matrix takes it, in microseconds on an
-/// H200; and what it takes to add up the pieces of blocks.
-struct Width {
-    columns: usize,
-    unit: f64,
-    meeting: f64,
-}
-
+/// One for each kernel.
 const WIDTHS: [Width; 3] = [
     Width { columns: 64, unit: 0.41, meeting: 15.0 },
     Width { columns: 128, unit: 0.59, meeting: 16.0 },
@@ -69,38 +63,6 @@ struct Arrange {
 unsafe impl DeviceRepr for Arrange {}
 const _: () = assert!(size_of::<Arrange>() == 40);
 
-/// How a product is shared out: which of [`WIDTHS`], blocks of the grid, blocks of the product that are cut into pieces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    kernel: usize,
-    grid: usize,
-    cut: usize,
-}
-
-impl Plan {
-    /// The one that should take the least time.
-    fn of(Geometry { rows, cols }: Geometry, batch: usize, processors: usize) -> Option<Plan> {
-        let units = cols.div_ceil(UNIT_COLS);
-        let plans = WIDTHS.iter().enumerate().flat_map(|(kernel, width)| {
-            let blocks = rows.div_ceil(BLOCK_ROWS) * batch.div_ceil(width.columns);
-            let (whole, pieces) = (processors.min(blocks), processors.min(blocks * units));
-            let rounds = (blocks.div_ceil(whole.max(1)) * units) as f64;
-            let cut = if blocks.is_multiple_of(pieces.max(1)) { 0 } else { blocks.min(blocks % pieces + pieces) };
-            let each = (blocks * units) as f64 / pieces.max(1) as f64;
-            [
-                (width.unit * rounds, Plan { kernel, grid: whole, cut: 0 }),
-                (width.unit * each + width.meeting, Plan { kernel, grid: pieces, cut }),
-            ]
-        });
-        plans.filter(|(_, plan)| plan.grid > 0).min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
-    }
-}
-
-/// Rows of activations, with those that fill up the last block.
-fn padded(batch: usize, kernel: usize) -> usize {
-    batch.next_multiple_of(WIDTHS[kernel].columns)
-}
-
 /// Bytes of arranged activations: e4m3, sums of units, a factor for each row (`Fp8Arranged` in `kernels/fp8.cuh`).
 fn arranged_bytes(padded: usize, cols: usize) -> usize {
     let units = cols.div_ceil(UNIT_COLS);
@@ -122,16 +84,14 @@ impl Packed {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
         let Some(kernels) = &self.kernels.fp8 else { return Ok(false) };
-        let Some(plan) = Plan::of(self.geometry, batch, self.kernels.processors) else { return Ok(false) };
-        let padded = padded(batch, plan.kernel);
-        let (columns, bytes) = (WIDTHS[plan.kernel].columns, arranged_bytes(padded, cols));
+        let Some(plan) = Plan::of(&WIDTHS, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let bytes = arranged_bytes(plan.padded, cols);
         let ours = self.family == Family::Blocks(GgmlType::Int4G128) && batch >= FEWEST_ROWS;
         if !ours || bytes > WORKSPACE || i32::try_from(batch).is_err() {
             return Ok(false);
         }
         let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
-        let partial = if plan.cut > 0 { plan.grid * BLOCK_ROWS * columns } else { 0 };
-        self.kernels.scratch.both(&self.device, bytes, partial, |arranged, partial, arrived| {
+        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let (x, _x) = x.device_ptr(&stream);
@@ -140,9 +100,9 @@ impl Packed {
             let (partial, _partial) = partial.device_ptr_mut(&stream);
             let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
             let kind = kind_of(dtype);
-            let grid = Grid { blocks: [padded as u32, 1, 1], threads: 256, shared: 0 };
+            let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
             let [batch, rows, cols, width, padded, cut] =
-                [batch, rows, cols, columns, padded, plan.cut].map(|size| size as i32);
+                [batch, rows, cols, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
             let arrange = Arrange { x, out: arranged, x_type: kind, x_stride: cols, batch, cols, width, padded };
             // SAFETY: `x` holds `batch` rows, the workspace `padded` arranged ones; a block for each.
             unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
@@ -177,29 +137,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plans_leave_whole_rounds() {
-        for (rows, cols) in [(1, 128), (130, 2048), (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)] {
-            for batch in [64, 65, 128, 200, 512, 1024] {
-                for processors in [1, 2, 14, 114, 132] {
-                    let Plan { kernel, grid, cut } = Plan::of(Geometry { rows, cols }, batch, processors).unwrap();
-                    let blocks = rows.div_ceil(BLOCK_ROWS) * (padded(batch, kernel) / WIDTHS[kernel].columns);
-                    assert!(grid > 0 && grid <= processors && cut <= blocks && cut < 2 * grid);
-                    assert!(cut == 0 || (blocks - cut).is_multiple_of(grid));
-                }
-            }
-        }
-    }
-
-    #[test]
     fn few_rows_take_narrow_blocks_and_long_rows_are_cut() {
-        let plan = |rows, cols, batch| Plan::of(Geometry { rows, cols }, batch, 132).unwrap();
-        assert_eq!(plan(14336, 4096, 64), Plan { kernel: 0, grid: 112, cut: 0 });
-        assert_eq!(plan(4096, 4096, 512), Plan { kernel: 1, grid: 128, cut: 0 });
-        assert_eq!(plan(4096, 14336, 64), Plan { kernel: 0, grid: 132, cut: 32 });
-        assert_eq!(plan(28672, 4096, 512), Plan { kernel: 2, grid: 132, cut: 184 });
+        let plan = |rows, cols, batch| {
+            let Plan { kernel, grid, cut, .. } = Plan::of(&WIDTHS, Geometry { rows, cols }, batch, 132).unwrap();
+            (kernel, grid, cut)
+        };
+        assert_eq!(plan(14336, 4096, 64), (0, 112, 0));
+        assert_eq!(plan(4096, 4096, 512), (1, 128, 0));
+        assert_eq!(plan(4096, 14336, 64), (0, 132, 32));
+        assert_eq!(plan(28672, 4096, 512), (1, 132, 0));
         // tests/cuda/fp8.rs takes each of the kernels, and cut blocks.
         let cases = [(40, 640, 64), (16_896, 128, 128), (16_896, 128, 256), (130, 17_920, 70)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
-        assert_eq!(plans.map(|plan| (plan.kernel, plan.cut > 0)), [(0, false), (1, false), (2, false), (0, true)]);
+        assert_eq!(plans.map(|(kernel, _, cut)| (kernel, cut > 0)), [(0, false), (1, false), (2, false), (0, true)]);
     }
 }

@@ -53,6 +53,7 @@ mod prefill;
 mod product;
 mod rans;
 mod scratch;
+mod shares;
 mod step_inputs;
 mod upload;
 mod weight;

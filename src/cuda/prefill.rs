@@ -12,30 +12,24 @@ use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
 use super::scratch::WORKSPACE;
+use super::shares::{Plan, Width};
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
-/// Rows of the matrix in a block, and its threads.
-pub(super) const BLOCK_ROWS: usize = 128;
+/// Threads of a block.
 pub(super) const THREADS: u32 = 384;
 /// Beyond so many rows of activations it is faster to decode once and leave the product to cuBLAS.
 const MOST_ROWS: usize = 1024;
 /// Up to so many rows there are kernels of their own.
 const FEW_ROWS: usize = 64;
 
-/// A kernel's share of the activations, and what it costs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Width {
-    /// Rows of activations in a block.
-    columns: usize,
-    /// Time for 32 units of 128 columns of the matrix in each block, in microseconds on an H200.
-    cost: f64,
-}
+/// One for each kernel.
+const WIDTHS: [Width; 3] = [width(128, 39.0), width(192, 42.5), width(256, 52.0)];
 
-const WIDTHS: [Width; 3] =
-    [Width { columns: 128, cost: 39.0 }, Width { columns: 192, cost: 42.5 }, Width { columns: 256, cost: 52.0 }];
-/// What it costs to add up the pieces of blocks, in units.
-const MEETING: f64 = 8.3;
+/// `cost` is the time for 32 units; pieces take as long to add up as 8.3 units.
+const fn width(columns: usize, cost: f64) -> Width {
+    Width { columns, unit: cost / 32.0, meeting: 8.3 * cost / 32.0 }
+}
 
 /// The kernels; no other compute capability than 9.0 has them.
 #[derive(Debug)]
@@ -93,47 +87,6 @@ const _: () = assert!(size_of::<Arrange>() == 40);
 unsafe impl DeviceRepr for Prefill {}
 const _: () = assert!(size_of::<Prefill>() == 80);
 
-/// How a product is shared out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    /// Which of [`WIDTHS`].
-    kernel: usize,
-    /// Rows of activations, with those that fill up the last block.
-    padded: usize,
-    /// Blocks of the grid.
-    grid: usize,
-    /// Blocks of the product that are cut into pieces.
-    cut: usize,
-}
-
-impl Plan {
-    /// The one that should take the least time.
-    fn of(geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
-        let plans = (0..WIDTHS.len())
-            .flat_map(|kernel| [false, true].map(|cut| Plan::with(kernel, cut, geometry, batch, processors)));
-        plans.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
-    }
-
-    /// With one of the kernels, blocks whole or cut; and its cost.
-    fn with(kernel: usize, cut: bool, geometry: Geometry, batch: usize, processors: usize) -> (f64, Plan) {
-        let (Geometry { rows, cols }, Width { columns, cost, .. }) = (geometry, WIDTHS[kernel]);
-        let (units, padded) = (cols.div_ceil(UNIT_COLS), batch.next_multiple_of(columns));
-        let blocks = rows.div_ceil(BLOCK_ROWS) * (padded / columns);
-        let grid = processors.min(if cut { blocks * units } else { blocks });
-        let plan = |cut| Plan { kernel, padded, grid, cut };
-        if cut && !blocks.is_multiple_of(grid) {
-            let each = (blocks * units) as f64 / grid as f64 + MEETING;
-            return (cost * each, plan(blocks.min(blocks % grid + grid)));
-        }
-        (cost * (blocks.div_ceil(grid) * units) as f64, plan(0))
-    }
-
-    /// Floats that blocks hand to each other.
-    fn partial(&self) -> usize {
-        if self.cut > 0 { self.grid * BLOCK_ROWS * WIDTHS[self.kernel].columns } else { 0 }
-    }
-}
-
 impl Packed {
     /// The kernels, if they are the fastest way to multiply with so many rows of activations.
     pub(super) fn prefills(&self, batch: usize, dtype: Dtype) -> Option<&PrefillKernels> {
@@ -155,10 +108,9 @@ impl Packed {
         if batch * cols * 2 > x.len() || batch * rows * 2 > y.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
-        let Some(plan) = Plan::of(self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let Some(plan) = Plan::of(&WIDTHS, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
         let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
         let bytes = arranged_bytes(plan.padded, cols);
-        let width = WIDTHS[plan.kernel];
         self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
@@ -168,7 +120,7 @@ impl Packed {
             let (partial, _partial) = partial.device_ptr_mut(&stream);
             let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
             let [batch, rows, cols, columns, padded, cut] =
-                [batch, rows, cols, width.columns, plan.padded, plan.cut].map(|size| size as i32);
+                [batch, rows, cols, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
             let arrange = Arrange { x, out: arranged, x_stride: cols, batch, cols, width: columns, padded, unused: 0 };
             // A thread for each vector of 32 columns.
             let grid = Grid { blocks: [(bytes / 64).div_ceil(256) as u32, 1, 1], threads: 256, shared: 0 };
@@ -210,31 +162,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plans_cover_every_row_and_their_pieces_every_block() {
-        for (rows, cols) in [(1, 1), (130, 2050), (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)] {
-            for batch in [65, 100, 128, 200, 512, 600, 1024] {
-                for processors in [1, 2, 14, 114, 132] {
-                    let plan = Plan::of(Geometry { rows, cols }, batch, processors).unwrap();
-                    let Width { columns, .. } = WIDTHS[plan.kernel];
-                    assert!(
-                        plan.padded >= batch && plan.padded < batch + columns && plan.padded.is_multiple_of(columns)
-                    );
-                    let blocks = rows.div_ceil(BLOCK_ROWS) * (plan.padded / columns);
-                    assert!(plan.grid <= processors && plan.grid > 0);
-                    // What is cut is all, or leaves whole rounds.
-                    assert!(plan.cut <= blocks && plan.cut < 2 * plan.grid, "{plan:?} of {blocks}");
-                    assert!(plan.cut == 0 || (blocks - plan.cut).is_multiple_of(plan.grid), "{plan:?} of {blocks}");
-                }
-            }
-        }
-    }
-
-    #[test]
     fn few_rows_take_narrow_blocks_and_narrow_matrices_are_cut() {
-        let plan = |rows, cols, batch| Plan::of(Geometry { rows, cols }, batch, 132).unwrap();
-        assert_eq!(plan(14336, 4096, 100), Plan { kernel: 0, padded: 128, grid: 112, cut: 0 });
-        assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, padded: 512, grid: 128, cut: 0 });
-        assert_eq!(plan(4096, 14336, 512), Plan { kernel: 2, padded: 512, grid: 132, cut: 64 });
+        let plan = |rows, cols, batch| Plan::of(&WIDTHS, Geometry { rows, cols }, batch, 132).unwrap();
+        assert_eq!(plan(14336, 4096, 100), Plan { kernel: 0, columns: 128, padded: 128, grid: 112, cut: 0 });
+        assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, columns: 256, padded: 512, grid: 128, cut: 0 });
+        assert_eq!(plan(4096, 14336, 512), Plan { kernel: 2, columns: 256, padded: 512, grid: 132, cut: 64 });
         // The cases of tests/cuda/small.rs take each of the kernels, and cut blocks.
         let cases = [(40, 520, 70), (40, 1300, 70), (2112, 128, 600), (2176, 128, 1000), (2944, 128, 1000)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));

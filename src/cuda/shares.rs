@@ -1,0 +1,96 @@
+//! How a product with many rows of activations is shared out among a GPU's multiprocessors (`kernels/prefill.cuh`).
+
+use super::family::UNIT_COLS;
+use crate::codec::Geometry;
+
+/// Rows of the matrix in a block.
+pub(super) const BLOCK_ROWS: usize = 128;
+
+/// A kernel's share of the activations, and what it costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Width {
+    /// Rows of activations in a block.
+    pub columns: usize,
+    /// Time for 128 columns of the matrix in each block, in microseconds on an H200.
+    pub unit: f64,
+    /// Time to add up the pieces of blocks.
+    pub meeting: f64,
+}
+
+/// The shares of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Which of the widths.
+    pub kernel: usize,
+    /// Its rows of activations in a block.
+    pub columns: usize,
+    /// Rows of activations, with those that fill up the last block.
+    pub padded: usize,
+    /// Blocks of the grid.
+    pub grid: usize,
+    /// Blocks of the product that are cut into pieces.
+    pub cut: usize,
+}
+
+impl Plan {
+    /// The one that should take the least time: with one of the kernels, blocks whole or cut.
+    pub fn of(widths: &[Width], geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
+        let with = |kernel| [false, true].map(|cut| Plan::with(widths, kernel, cut, geometry, batch, processors));
+        let plans = (0..widths.len()).flat_map(with).filter(|(_, plan)| plan.grid > 0);
+        plans.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
+    }
+
+    /// One of them, and its cost.
+    fn with(
+        widths: &[Width],
+        kernel: usize,
+        cut: bool,
+        Geometry { rows, cols }: Geometry,
+        batch: usize,
+        processors: usize,
+    ) -> (f64, Plan) {
+        let Width { columns, unit, meeting } = widths[kernel];
+        let (units, padded) = (cols.div_ceil(UNIT_COLS), batch.next_multiple_of(columns));
+        let blocks = rows.div_ceil(BLOCK_ROWS) * (padded / columns);
+        let grid = processors.min(if cut { blocks * units } else { blocks });
+        let plan = |cut| Plan { kernel, columns, padded, grid, cut };
+        if cut && !blocks.is_multiple_of(grid.max(1)) {
+            let each = (blocks * units) as f64 / grid as f64;
+            return (unit * each + meeting, plan(blocks.min(blocks % grid + grid)));
+        }
+        (unit * (blocks.div_ceil(grid.max(1)) * units) as f64, plan(0))
+    }
+
+    /// Floats that blocks hand to each other.
+    pub fn partial(&self) -> usize {
+        if self.cut > 0 { self.grid * BLOCK_ROWS * self.columns } else { 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_cover_every_row_and_their_pieces_every_block() {
+        let widths = [(64, 0.4, 15.0), (128, 0.6, 16.0), (256, 1.2, 18.0)];
+        let widths = widths.map(|(columns, unit, meeting)| Width { columns, unit, meeting });
+        for (rows, cols) in [(1, 1), (130, 2050), (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)] {
+            for batch in [1, 64, 65, 100, 128, 200, 512, 600, 1024] {
+                for processors in [1, 2, 14, 114, 132] {
+                    let plan = Plan::of(&widths, Geometry { rows, cols }, batch, processors).unwrap();
+                    let columns = widths[plan.kernel].columns;
+                    assert!(
+                        plan.padded >= batch && plan.padded < batch + columns && plan.padded.is_multiple_of(columns)
+                    );
+                    let blocks = rows.div_ceil(BLOCK_ROWS) * (plan.padded / columns);
+                    assert!(plan.columns == columns && plan.grid <= processors && plan.grid > 0);
+                    // What is cut is all, or leaves whole rounds.
+                    assert!(plan.cut <= blocks && plan.cut < 2 * plan.grid, "{plan:?} of {blocks}");
+                    assert!(plan.cut == 0 || (blocks - plan.cut).is_multiple_of(plan.grid), "{plan:?} of {blocks}");
+                }
+            }
+        }
+        assert_eq!(Plan::of(&widths, Geometry { rows: 128, cols: 128 }, 64, 0), None);
+    }
+}
