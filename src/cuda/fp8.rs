@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DeviceRepr};
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
-use super::launch::{Grid, launch_with, programmatic};
+use super::launch::{Grid, launch_with};
 use super::packed::{Packed, kind_of};
-use super::prefill::{Prefill, THREADS};
+use super::prefill::Arranging;
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
@@ -83,52 +83,25 @@ impl Packed {
         if batch * cols * dtype.size() > x.len() || batch * rows * dtype.size() > y.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
-        let Some(kernels) = &self.kernels.fp8 else { return Ok(false) };
+        let ours = self.family == Family::Blocks(GgmlType::Int4G128) && batch >= FEWEST_ROWS;
+        let Some(kernels) = self.kernels.fp8.as_ref().filter(|_| ours) else { return Ok(false) };
         let Some(plan) = Plan::of(&WIDTHS, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
         let bytes = arranged_bytes(plan.padded, cols);
-        let ours = self.family == Family::Blocks(GgmlType::Int4G128) && batch >= FEWEST_ROWS;
-        if !ours || bytes > WORKSPACE || i32::try_from(batch).is_err() {
+        if bytes > WORKSPACE || i32::try_from(batch).is_err() {
             return Ok(false);
         }
-        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
-        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
-            let (weights, _weights) = self.weights.device_ptr(&stream);
-            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
-            let (x, _x) = x.device_ptr(&stream);
-            let (y, _y) = y.device_ptr_mut(&stream);
-            let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
-            let (partial, _partial) = partial.device_ptr_mut(&stream);
-            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
-            let kind = kind_of(dtype);
+        let [m, columns, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
+        let arrange = |launch: Arranging| {
+            let (Arranging { stream, x, out, programmatic }, x_type) = (launch, kind_of(dtype));
+            let arrange = Arrange { x, out, x_type, x_stride: columns, batch: m, cols: columns, width, padded };
             let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
-            let [batch, rows, cols, width, padded, cut] =
-                [batch, rows, cols, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
-            let arrange = Arrange { x, out: arranged, x_type: kind, x_stride: cols, batch, cols, width, padded };
             // SAFETY: `x` holds `batch` rows, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
-            let product = Prefill {
-                weights,
-                overflow,
-                x: arranged,
-                y,
-                partial,
-                arrived,
-                rows,
-                cols,
-                batch,
-                y_stride: rows,
-                cut,
-                by128: 128,
-                by8: 8,
-                y_type: kind,
-            };
-            let (function, shared) = &kernels.products[plan.kernel];
-            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
-            // SAFETY: memory of the sizes that the kernel expects, as checked above and planned; no more blocks than
-            // multiprocessors, as they wait for each other.
-            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic)? };
-            Ok(true)
-        })
+            unsafe { launch_with(stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic) }
+        };
+        let product = &kernels.products[plan.kernel];
+        // SAFETY: `x` and `y` hold the rows, as checked above; the kernel and `bytes` are the plan's.
+        unsafe { self.multiply_arranged(plan, product, bytes, (x, y), (batch, dtype), arrange)? };
+        Ok(true)
     }
 }
 

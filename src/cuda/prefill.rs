@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{
+    CudaFunction, CudaModule, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr,
+};
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
@@ -17,7 +19,7 @@ use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
 /// Threads of a block.
-pub(super) const THREADS: u32 = 384;
+const THREADS: u32 = 384;
 /// Beyond so many rows of activations it is faster to decode once and leave the product to cuBLAS.
 const MOST_ROWS: usize = 1024;
 /// Up to so many rows there are kernels of their own.
@@ -62,22 +64,22 @@ struct Arrange {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Prefill {
-    pub weights: u64,
-    pub overflow: u64,
-    pub x: u64,
-    pub y: u64,
-    pub partial: u64,
-    pub arrived: u64,
-    pub rows: i32,
-    pub cols: i32,
-    pub batch: i32,
-    pub y_stride: i32,
-    pub cut: i32,
-    pub by128: i32,
-    pub by8: i32,
-    /// As `kernels/activations.cuh` numbers it: BF16 in products of this file.
-    pub y_type: i32,
+struct Prefill {
+    weights: u64,
+    overflow: u64,
+    x: u64,
+    y: u64,
+    partial: u64,
+    arrived: u64,
+    rows: i32,
+    cols: i32,
+    batch: i32,
+    y_stride: i32,
+    cut: i32,
+    by128: i32,
+    by8: i32,
+    /// As `kernels/activations.cuh` numbers it: BF16 for `fixed`.
+    y_type: i32,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -109,8 +111,38 @@ impl Packed {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
         let Some(plan) = Plan::of(&WIDTHS, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
-        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
         let bytes = arranged_bytes(plan.padded, cols);
+        let [m, columns, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
+        let arrange = |launch: Arranging| {
+            let Arranging { stream, x, out, programmatic } = launch;
+            let arrange = Arrange { x, out, x_stride: columns, batch: m, cols: columns, width, padded, unused: 0 };
+            // A thread for each vector of 32 columns.
+            let grid = Grid { blocks: [(bytes / 64).div_ceil(256) as u32, 1, 1], threads: 256, shared: 0 };
+            // SAFETY: `x` holds `batch` rows, the workspace `padded` rows of whole units.
+            unsafe { launch_with(stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic) }
+        };
+        let product = &kernels.products[plan.kernel];
+        // SAFETY: `x` and `y` hold the rows, as checked above; the kernel and `bytes` are the plan's.
+        unsafe { self.multiply_arranged(plan, product, bytes, (x, y), (batch, Dtype::Bf16), arrange)? };
+        Ok(true)
+    }
+
+    /// Enqueues `arrange`, which writes `bytes` of arranged activations, and the product of `batch` rows with them.
+    ///
+    /// # Safety
+    /// `x` and `y` hold `batch` rows of `dtype`; `product` is a kernel, with its shared memory, that takes the matrix, the
+    /// plan and what `arrange` writes.
+    pub(super) unsafe fn multiply_arranged(
+        &self,
+        plan: Plan,
+        (function, shared): &(CudaFunction, usize),
+        bytes: usize,
+        (x, y): (&CudaView<u8>, &mut CudaViewMut<u8>),
+        (batch, dtype): (usize, Dtype),
+        arrange: impl FnOnce(Arranging) -> Result<()>,
+    ) -> Result<()> {
+        let Geometry { rows, cols } = self.geometry;
+        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
         self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
@@ -119,13 +151,7 @@ impl Packed {
             let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
             let (partial, _partial) = partial.device_ptr_mut(&stream);
             let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
-            let [batch, rows, cols, columns, padded, cut] =
-                [batch, rows, cols, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
-            let arrange = Arrange { x, out: arranged, x_stride: cols, batch, cols, width: columns, padded, unused: 0 };
-            // A thread for each vector of 32 columns.
-            let grid = Grid { blocks: [(bytes / 64).div_ceil(256) as u32, 1, 1], threads: 256, shared: 0 };
-            // SAFETY: `x` holds `batch` rows, the workspace `padded` rows of whole units.
-            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
+            arrange(Arranging { stream: &stream, x, out: arranged, programmatic })?;
             let product = Prefill {
                 weights,
                 overflow,
@@ -133,23 +159,30 @@ impl Packed {
                 y,
                 partial,
                 arrived,
-                rows,
-                cols,
-                batch,
-                y_stride: rows,
-                cut,
+                rows: rows as i32,
+                cols: cols as i32,
+                batch: batch as i32,
+                y_stride: rows as i32,
+                cut: plan.cut as i32,
                 by128: 128,
                 by8: 8,
-                y_type: kind_of(Dtype::Bf16),
+                y_type: kind_of(dtype),
             };
-            let (function, shared) = &kernels.products[plan.kernel];
             let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
-            // SAFETY: memory of the sizes that the kernel expects, as checked above and planned; no more blocks than
+            // SAFETY: memory of the sizes that the kernel expects, as the caller says and as planned; no more blocks than
             // multiprocessors, as they wait for each other.
-            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic)? };
-            Ok(true)
+            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic) }
         })
     }
+}
+
+/// What the kernel that arranges activations is launched with.
+pub(super) struct Arranging<'a> {
+    pub stream: &'a Arc<CudaStream>,
+    /// Where activations are, and where they go.
+    pub x: u64,
+    pub out: u64,
+    pub programmatic: bool,
 }
 
 /// Bytes of arranged activations: whole units of columns.
