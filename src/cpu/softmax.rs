@@ -2,6 +2,9 @@
 //!
 //! The first two rest on one exponential function that is the same to the last bit on every backend: a power of two from the
 //! exponent's bits times a polynomial on ±ln 2 / 2 (the coefficients of Cephes' `expf`; within 2 units in the last place).
+//!
+//! Loops are written as such: what is handed to `fold` or `for_each` is compiled without the backend's instructions, and calls
+//! a function for every `mul_add`.
 
 /// `exp(x)`, with `x` limited to ±87 so that the result is a normal number; NaN for NaN.
 #[inline(always)]
@@ -41,10 +44,15 @@ pub fn add_norm(x: &[f32], y: &[f32], weight: &[f32], epsilon: f32, sum: &mut [f
     let (lanes, rest) = sum.as_chunks::<LANES>();
     let mut squares = [0f32; LANES];
     for lane in lanes {
-        squares.iter_mut().zip(lane).for_each(|(square, &v)| *square = v.mul_add(v, *square));
+        for (square, &v) in squares.iter_mut().zip(lane) {
+            *square = v.mul_add(v, *square);
+        }
     }
-    let squares = rest.iter().fold(squares.iter().sum::<f32>(), |square, &v| v.mul_add(v, square));
-    let root = (squares / sum.len() as f32 + epsilon).sqrt();
+    let mut total = squares.iter().sum::<f32>();
+    for &v in rest {
+        total = v.mul_add(v, total);
+    }
+    let root = (total / sum.len() as f32 + epsilon).sqrt();
     for ((norm, &sum), &weight) in norm.iter_mut().zip(sum.iter()).zip(weight) {
         *norm = sum / root * weight;
     }
@@ -56,7 +64,9 @@ pub fn softmax(scores: &mut [f32], scale: f32) {
     let (lanes, rest) = scores.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
     for lane in lanes {
-        most.iter_mut().zip(lane).for_each(|(most, &score)| *most = most.max(score));
+        for (most, &score) in most.iter_mut().zip(lane) {
+            *most = most.max(score);
+        }
     }
     let most = most.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b)) * scale;
     let (lanes, rest) = scores.as_chunks_mut::<LANES>();
@@ -73,7 +83,9 @@ pub fn softmax(scores: &mut [f32], scale: f32) {
         sum += *score;
     }
     let part = 1.0 / sum;
-    scores.iter_mut().for_each(|score| *score *= part);
+    for score in scores {
+        *score *= part;
+    }
 }
 
 #[cfg(test)]

@@ -374,13 +374,7 @@ pub fn kquant_matmul_each(
     if m == 1 {
         return Ok(buffer);
     }
-    let mut out = vec![0.0; len];
-    let mut start = 0;
-    for matrix in matrices {
-        let own = start..start + m * matrix.rows;
-        start = own.end;
-        unstrip(executor, &buffer[own.clone()], m, matrix.rows, TASK, &mut out[own])?;
-    }
+    let out = unstrip(executor, &buffer[..len], m, matrices.iter().map(|matrix| matrix.rows), TASK)?;
     if buffer.len() <= KEPT {
         STRIPED.set(buffer);
     }

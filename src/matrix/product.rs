@@ -12,6 +12,7 @@ use crate::codec::{BAND_ROWS, Geometry, Kind, TILE};
 use crate::cpu::dot::{Activation, DotScratch, dot_band};
 use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::int8::Rows;
+use crate::cpu::zeros::{sizes, zeros};
 use crate::cpu::{self, int8};
 use crate::{Error, Result};
 
@@ -119,38 +120,29 @@ pub fn matmul_each(matrices: &[CompressedMatrix], x: &[f32], m: usize, executor:
         matrix.expect("x", x.len(), m * matrix.geometry().cols)?;
     }
     let rows = |matrix: &CompressedMatrix| matrix.geometry().rows;
-    let mut y = vec![0.0; m * matrices.iter().map(rows).sum::<usize>()];
-    if y.is_empty() {
-        return Ok(y);
+    if m * matrices.iter().map(rows).sum::<usize>() == 0 {
+        return Ok(Vec::new());
     }
     // By matrices and strips: [matrix][strip][m][row of the strip].
-    let (mut parts, mut strips, mut rest) = (Vec::new(), Vec::new(), &mut y[..]);
-    for matrix in matrices {
-        let (own, after) = rest.split_at_mut(m * rows(matrix));
-        rest = after;
-        parts.extend(own.chunks_mut(m * BAND_ROWS));
-        strips.extend((0..rows(matrix).div_ceil(BAND_ROWS)).map(|strip| (matrix, strip)));
-    }
+    let parts = matrices.iter().flat_map(|matrix| sizes(m * rows(matrix), m * BAND_ROWS));
+    let strips =
+        matrices.iter().flat_map(|matrix| (0..rows(matrix).div_ceil(BAND_ROWS)).map(move |strip| (matrix, strip)));
+    let strips: Vec<_> = strips.collect();
     let input = Input::new(matrices, x, m);
-    run_parts(executor, parts, |index, y| {
-        let (matrix, strip) = strips[index];
-        BUFFERS.with_borrow_mut(|buffers| match (&input.rounded, &input.vector) {
-            (Some(rows), _) if matrix.rounds() => matrix.strip_int8(strip, rows, &input.exact, buffers, y),
-            (_, Some(x)) => matrix.strip_dot(strip, x, &mut buffers.pair, y),
-            _ => matrix.strip_matmul(strip, x, m, buffers, y),
+    let y = zeros(parts, |parts| {
+        run_parts(executor, parts, |index, y| {
+            let ((matrix, strip), y) = (strips[index], y.zeros());
+            BUFFERS.with_borrow_mut(|buffers| match (&input.rounded, &input.vector) {
+                (Some(rows), _) if matrix.rounds() => matrix.strip_int8(strip, rows, &input.exact, buffers, y),
+                (_, Some(x)) => matrix.strip_dot(strip, x, &mut buffers.pair, y),
+                _ => matrix.strip_matmul(strip, x, m, buffers, y),
+            })
         })
     })?;
     if m == 1 {
         return Ok(y);
     }
-    let mut out = vec![0.0; y.len()];
-    let mut start = 0;
-    for matrix in matrices {
-        let own = start..start + m * rows(matrix);
-        start = own.end;
-        unstrip(executor, &y[own.clone()], m, rows(matrix), BAND_ROWS, &mut out[own])?;
-    }
-    Ok(out)
+    unstrip(executor, &y, m, matrices.iter().map(rows), BAND_ROWS)
 }
 
 impl CompressedMatrix<'_> {
@@ -313,9 +305,7 @@ impl CompressedMatrix<'_> {
                 Ok(())
             })
         })?;
-        let mut out = vec![0.0; x.len()];
-        unstrip(executor, &x, m, cols, TILE, &mut out)?;
-        Ok(out)
+        unstrip(executor, &x, m, std::iter::once(cols), TILE)
     }
 
     /// A band's weights as `f32`s, in rows of `stride` at `out`.
@@ -342,22 +332,31 @@ impl CompressedMatrix<'_> {
     }
 }
 
-/// What stands in `y` as `[part][m][index in the part]`, with parts of `size` but the last, as `[m][index]` in `out`.
+/// For each of some matrices, of so many columns, one after the other: what stands in `y` as `[part][m][index in the part]`,
+/// with parts of `size` columns but the last, as `[m][index]`.
 pub(super) fn unstrip(
     executor: &impl Executor,
     y: &[f32],
     m: usize,
-    total: usize,
+    totals: impl Iterator<Item = usize> + Clone,
     size: usize,
-    out: &mut [f32],
-) -> Result<()> {
-    if total == 0 {
-        return Ok(());
+) -> Result<Vec<f32>> {
+    // Of each row where its matrix begins.
+    let mut starts = Vec::new();
+    let mut start = 0;
+    for total in totals.clone() {
+        starts.extend((0..m).map(|row| (start, row)));
+        start += m * total;
     }
-    run_parts(executor, out.chunks_mut(total).collect(), |row, out| {
-        for (part, out) in out.chunks_mut(size).enumerate() {
-            out.copy_from_slice(&y[part * m * size + row * out.len()..][..out.len()]);
-        }
-        Ok(())
+    zeros(totals.flat_map(|total| std::iter::repeat_n(total, m)), |parts| {
+        run_parts(executor, parts, |index, out| {
+            let (start, row) = starts[index];
+            let mut from = start;
+            for out in out.zeros().chunks_mut(size) {
+                out.copy_from_slice(&y[from + row * out.len()..][..out.len()]);
+                from += m * out.len();
+            }
+            Ok(())
+        })
     })
 }

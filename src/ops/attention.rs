@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use super::PoolExecutor;
 use crate::cpu::gemm::{Gemm, gemm};
 use crate::cpu::softmax::softmax;
+use crate::cpu::zeros::{Part, sizes, zeros};
 use crate::cpu::{Backend, vectorize};
 use crate::matrix::run_parts;
 
@@ -63,8 +64,8 @@ impl CustomOp3 for Rope {
         }
         let (x, cos, sin) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
         let (half, stride) = (size / 2, l1.stride());
-        let mut y = vec![0.0f32; batch * heads * tokens * size];
-        let turn = |head: usize, y: &mut [f32]| {
+        let turn = |head: usize, y: Part| {
+            let y = y.zeros();
             let x = &x[head / heads * stride[0] + head % heads * stride[1]..];
             for (token, y) in y.chunks_exact_mut(size).enumerate() {
                 let (a, b) = x[token * stride[2]..][..size].split_at(half);
@@ -76,13 +77,13 @@ impl CustomOp3 for Rope {
             }
             Ok(())
         };
-        let parts = y.chunks_mut((tokens * size).max(1));
-        if tokens == 1 {
-            // Not worth waking other threads.
-            parts.enumerate().try_for_each(|(head, y)| turn(head, y))?;
-        } else {
-            run_parts(&PoolExecutor, parts.collect(), turn)?;
-        }
+        let y = zeros(std::iter::repeat_n(tokens * size, batch * heads), |parts| {
+            if tokens == 1 {
+                // Not worth waking other threads.
+                return parts.into_iter().enumerate().try_for_each(|(head, y)| turn(head, y));
+            }
+            run_parts(&PoolExecutor, parts, turn)
+        })?;
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 }
@@ -137,12 +138,10 @@ impl CustomOp3 for Causal {
         let shared = if rows == 1 { heads / kv_heads } else { 1 };
         let (count, blocks) = (heads / shared, rows.div_ceil(QUERIES));
         // By batch, heads and blocks: [..][query][size].
-        let mut y = vec![0.0; q.len()];
-        let mut parts: Vec<&mut [f32]> = Vec::with_capacity(batch * count * blocks);
-        for head in y.chunks_mut((shared * rows * size).max(1)) {
-            parts.extend(head.chunks_mut(if rows == 1 { shared * size } else { QUERIES * size }));
-        }
-        run_parts(&PoolExecutor, parts, |task, y| {
+        let block = if rows == 1 { shared * size } else { QUERIES * size };
+        let parts = std::iter::repeat_n(shared * rows * size, batch * count).flat_map(|head| sizes(head, block));
+        let attend = |task: usize, y: Part| {
+            let y = y.zeros();
             let (index, first) = (task / blocks, task % blocks * QUERIES);
             let (b, head) = (index / count, index % count * shared);
             let own = |layout: &Layout| b * layout.stride()[0] + head / (heads / kv_heads) * layout.stride()[1];
@@ -172,20 +171,21 @@ impl CustomOp3 for Causal {
                 gemm(&shape, scores, v, y);
             });
             Ok(())
-        })?;
+        };
+        let y = zeros(parts, |parts| run_parts(&PoolExecutor, parts, attend))?;
         let shape = Shape::from((batch, rows, heads * size));
         if rows == 1 {
             return Ok((CpuStorage::F32(y), shape));
         }
         // Heads side by side, as the next product takes them.
-        let mut out = vec![0.0; y.len()];
-        let lines: Vec<&mut [f32]> = out.chunks_mut(heads * size).collect();
-        run_parts(&PoolExecutor, lines, |line, out| {
-            let (b, row) = (line / rows, line % rows);
-            for (head, out) in out.chunks_exact_mut(size).enumerate() {
-                out.copy_from_slice(&y[((b * heads + head) * rows + row) * size..][..size]);
-            }
-            Ok(())
+        let out = zeros(std::iter::repeat_n(heads * size, batch * rows), |lines| {
+            run_parts(&PoolExecutor, lines, |line, out| {
+                let (b, row) = (line / rows, line % rows);
+                for (head, out) in out.zeros().chunks_exact_mut(size).enumerate() {
+                    out.copy_from_slice(&y[((b * heads + head) * rows + row) * size..][..size]);
+                }
+                Ok(())
+            })
         })?;
         Ok((CpuStorage::F32(out), shape))
     }

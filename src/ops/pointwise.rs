@@ -9,6 +9,7 @@ use candle_nn::RmsNorm;
 use super::attention::{plain, values};
 use super::{PoolExecutor, kept};
 use crate::cpu::softmax::{add_norm, silu_mul};
+use crate::cpu::zeros::{sizes, zeros};
 use crate::cpu::{Backend, vectorize};
 use crate::matrix::run_parts;
 
@@ -53,17 +54,18 @@ impl CustomOp2 for Gated {
         let n = l1.shape().elem_count();
         let (gate, up) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n]);
         let backend = Backend::current()?;
-        let mut out = vec![0.0; n];
-        let parts = out.chunks_mut(VALUES).collect();
-        run_parts(&PoolExecutor, parts, |part, out| {
-            let range = part * VALUES..part * VALUES + out.len();
-            let (gate, up) = (&gate[range.clone()], &up[range]);
-            vectorize(
-                backend,
-                #[inline(always)]
-                || silu_mul(gate, up, out),
-            );
-            Ok(())
+        let out = zeros(sizes(n, VALUES), |parts| {
+            run_parts(&PoolExecutor, parts, |part, out| {
+                let out = out.zeros();
+                let range = part * VALUES..part * VALUES + out.len();
+                let (gate, up) = (&gate[range.clone()], &up[range]);
+                vectorize(
+                    backend,
+                    #[inline(always)]
+                    || silu_mul(gate, up, out),
+                );
+                Ok(())
+            })
         })?;
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -142,20 +144,25 @@ impl CustomOp3 for AddNorm {
         let (n, width) = (l1.shape().elem_count(), l3.shape().elem_count());
         let (x, y, weight) = (&values(s1, l1)?[..n], &values(s2, l2)?[..n], &values(s3, l3)?[..width]);
         let backend = Backend::current()?;
-        let mut out = vec![0.0; 2 * n];
         let rows = width.max(1) * (VALUES / width.max(1)).max(1);
-        let (sums, norms) = out.split_at_mut(n);
-        let parts: Vec<_> = sums.chunks_mut(rows).zip(norms.chunks_mut(rows)).collect();
-        run_parts(&PoolExecutor, parts, |part, (sums, norms)| {
-            let at = part * rows;
-            let both = x[at..].chunks_exact(width).zip(y[at..].chunks_exact(width));
-            let out = sums.chunks_exact_mut(width).zip(norms.chunks_exact_mut(width));
-            vectorize(
-                backend,
-                #[inline(always)]
-                || both.zip(out).for_each(|((x, y), (sum, norm))| add_norm(x, y, weight, self.0, sum, norm)),
-            );
-            Ok(())
+        let out = zeros(sizes(n, rows).chain(sizes(n, rows)), |mut sums| {
+            let norms = sums.split_off(sums.len() / 2);
+            run_parts(&PoolExecutor, sums.into_iter().zip(norms).collect(), |part, (sums, norms)| {
+                let at = part * rows;
+                let both = x[at..].chunks_exact(width).zip(y[at..].chunks_exact(width));
+                let out = sums.zeros().chunks_exact_mut(width).zip(norms.zeros().chunks_exact_mut(width));
+                vectorize(
+                    backend,
+                    #[inline(always)]
+                    || {
+                        // A loop, as `for_each` would be compiled without the backend's instructions.
+                        for ((x, y), (sum, norm)) in both.zip(out) {
+                            add_norm(x, y, weight, self.0, sum, norm);
+                        }
+                    },
+                );
+                Ok(())
+            })
         })?;
         Ok((CpuStorage::F32(out), Shape::from([&[2], l1.dims()].concat())))
     }

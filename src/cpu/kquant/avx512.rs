@@ -1,19 +1,55 @@
 //! AVX-512 VNNI: one instruction adds four columns to the sums of 16 rows.
 //!
 //! A vector holds a group of four columns (see [`crate::codec::kquant::strip`]); the activation's four quants are broadcast
-//! to it. Few rows of activations: quants go from memory through registers into the products of four rows, two chains of
-//! sums for each hide the instruction's latency. More rows: six rows × two strips of sums, so that two vectors of weights
-//! serve twelve products.
+//! to it. Quants go from memory or the cache through registers into the products of up to six rows of activations with two
+//! strips: 12 of the 32 vector registers are sums of products, 12 sums over groups, and the two vectors of weights and the
+//! six broadcasts of a step are 8 loads for 12 products, of which the CPU (Zen 5) takes two a cycle each.
 // Tiles are indexed by row and strip, as in the formulas.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::avx2::{AHEAD, fetch};
-use super::{Job, Panel};
-use crate::codec::kquant::Format;
-use crate::codec::kquant::strip::{PANEL, ROWS, StripFormat};
+use super::{Job, STRIPS, Strip};
+use crate::codec::kquant::strip::{ROWS, StripFormat};
+use crate::codec::kquant::{Activation, Format, GgmlType, Parts};
+
+/// Rows of activations that share weights in registers.
+const TILE: usize = 6;
+/// Bytes of strips that are unpacked at once, at most: half of a second-level cache.
+const UNPACKED: usize = 1 << 19;
+
+thread_local! {
+    /// Unpacked strips.
+    static PANELS: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// A format whose quants have been unpacked to a byte each.
+struct Bytes<F>(PhantomData<F>);
+
+impl<F: Format> Format for Bytes<F> {
+    const TYPE: GgmlType = F::TYPE;
+    const LEN: usize = F::LEN;
+    const BYTES: usize = F::BYTES;
+    const GROUP: usize = F::GROUP;
+    const BITS: u32 = 8;
+    const ZERO: u8 = F::ZERO;
+    const MINS: bool = F::MINS;
+    type Unpacked = Bytes<F>;
+
+    fn parts(block: &[u8], parts: &mut Parts) {
+        F::parts(block, parts)
+    }
+}
+
+/// True if it is faster to unpack weights once, to the second-level cache, than for every tile (measured: where unpacking takes
+/// most and groups are small; products hide it elsewhere).
+fn unpacked_first<F: Format>(x: &Activation) -> bool {
+    F::BITS < 8 && F::HIGH > 0 && F::GROUP == 16 && x.rows >= 40 && STRIPS * ROWS * x.cols <= UNPACKED
+}
 
 /// True if the machine has every extension used here.
 pub(super) fn available() -> bool {
@@ -54,24 +90,6 @@ unsafe fn weights<F: Format>(block: *const u8, g: usize) -> __m512i {
         let mask = _mm512_set1_epi8((((1 << F::HIGH) - 1) << F::LOW) as i8);
         _mm512_ternarylogic_epi64::<0xEA>(high, mask, low)
     }
-}
-
-/// `super::strip::unpack` for one block.
-pub(super) fn unpack<F: Format>(quants: &[u8], panel: &mut [u8]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-    fn inner<F: Format>(quants: &[u8], panel: &mut [u8]) {
-        for (sub, out) in panel.chunks_exact_mut(8 * 64).enumerate() {
-            for g in 0..8 {
-                // SAFETY: `quants` has the block's bytes and `panel` 64 for each group, as the caller asserted.
-                unsafe {
-                    _mm512_storeu_si512(out.as_mut_ptr().add(64 * g).cast(), weights::<F>(quants.as_ptr(), 8 * sub + g))
-                };
-            }
-        }
-    }
-    assert!(available() && quants.len() == F::QUANTS && panel.len() == ROWS * F::LEN);
-    // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { inner::<F>(quants, panel) }
 }
 
 /// Scales of group `g` of a block's 16 rows.
@@ -126,272 +144,256 @@ unsafe fn broadcast<T>(at: *const T) -> __m512i {
     unsafe { _mm512_set1_epi32(at.cast::<i32>().read_unaligned()) }
 }
 
-/// The sum over a block's groups of minimum times sum of activations. `at` is the block's first value of the activations.
-///
-/// # Safety
-/// `meta` is the start of the block's `F::META` bytes.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-#[inline]
-unsafe fn minima_sum<F: Format>(job: &Job, meta: *const u8, at: usize) -> __m512i {
-    if F::LEN == 32 {
-        return _mm512_set1_epi32(job.x.sums32[at / 32].into());
-    }
-    let sums = if F::GROUP == 16 { &job.x.sums16[at / 16..][..16] } else { &job.x.sums32[at / 32..][..8] };
-    let mut total = _mm512_setzero_si512();
-    for (pair, sums) in sums.chunks_exact(2).enumerate() {
-        // SAFETY: two sums are 4 bytes; there is a pair for each.
-        total = unsafe { _mm512_dpwssd_epi32(total, minima::<F>(meta, pair), broadcast(sums.as_ptr())) };
-    }
-    total
-}
-
-/// Writes the products of one strip with all rows of activations to `y`, which has the rows of all strips. Weights are
-/// unpacked in registers, once for each four rows, the first time while they come from memory.
-pub(super) fn few_rows<F: Format>(job: &Job, strip: usize, y: &mut [f32]) {
+/// Writes the products of one or two strips with all rows of activations to `y`.
+pub(super) fn rows<F: Format>(job: &Job, y: &mut [f32]) {
     assert!(available() && y.len() == job.x.rows * job.strips.len() * ROWS);
-    for first in (0..job.x.rows).step_by(4) {
-        // SAFETY: the assertion above ensures that the CPU has the instructions.
-        unsafe {
-            match job.x.rows - first {
-                1 => few_avx512::<F, 1>(job, strip, first, y),
-                2 => few_avx512::<F, 2>(job, strip, first, y),
-                3 => few_avx512::<F, 3>(job, strip, first, y),
-                _ => few_avx512::<F, 4>(job, strip, first, y),
+    let groups = |of: usize| job.x.rows * (job.x.cols / of);
+    assert!(F::ZERO == 0 || job.bias.len() == groups(F::GROUP));
+    assert!(
+        job.x.scales.len() == groups(F::LEN) && job.x.sums16.len() == groups(16) && job.x.sums32.len() == groups(32)
+    );
+    if !unpacked_first::<F>(job.x) {
+        return tiles::<F>(job, true, y);
+    }
+    let bytes = ROWS * job.x.cols;
+    let mut panels = PANELS.take();
+    panels.resize(job.strips.len() * bytes, 0);
+    for (strip, panel) in job.strips.iter().zip(panels.chunks_exact_mut(bytes)) {
+        unpack::<F>(strip.quants, panel);
+    }
+    let strips = job.strips.iter().zip(panels.chunks_exact(bytes));
+    let strips: Vec<Strip> = strips.map(|(strip, quants)| Strip { quants, meta: strip.meta }).collect();
+    tiles::<Bytes<F::Unpacked>>(&Job { strips: &strips, ..*job }, false, y);
+    PANELS.set(panels);
+}
+
+/// [`strip::unpack`](crate::codec::kquant::strip::unpack) for all blocks of a strip.
+fn unpack<F: Format>(quants: &[u8], panel: &mut [u8]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+    fn inner<F: Format>(quants: &[u8], panel: &mut [u8]) {
+        for (block, out) in quants.chunks_exact(F::QUANTS).zip(panel.chunks_exact_mut(ROWS * F::LEN)) {
+            fetch(block.as_ptr().wrapping_add(AHEAD), F::QUANTS);
+            for (sub, out) in out.chunks_exact_mut(8 * 64).enumerate() {
+                for g in 0..8 {
+                    // SAFETY: `block` has all the block's bytes, `out` 64 for each group of four.
+                    unsafe {
+                        let weights = weights::<F>(block.as_ptr(), 8 * sub + g);
+                        _mm512_storeu_si512(out.as_mut_ptr().add(64 * g).cast(), weights);
+                    }
+                }
             }
+        }
+    }
+    // SAFETY: the caller asserted that the CPU has the instructions.
+    unsafe { inner::<F>(quants, panel) }
+}
+
+/// Goes over the rows of activations a tile at a time. `memory`: strips come from memory the first time, and are asked for
+/// ahead.
+fn tiles<F: Format>(job: &Job, memory: bool, y: &mut [f32]) {
+    let rows = job.x.rows;
+    // As equal as can be: a lone last row would take as long as two.
+    let tiles = rows.div_ceil(TILE).max(1);
+    for tile in 0..tiles {
+        let rows = rows * tile / tiles..rows * (tile + 1) / tiles;
+        if memory && tile == 0 {
+            rows_of::<F, true>(job, rows, y);
+        } else {
+            rows_of::<F, false>(job, rows, y);
         }
     }
 }
 
-/// `M` rows of activations from `row` on.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-fn few_avx512<F: Format, const M: usize>(job: &Job, index: usize, row: usize, y: &mut [f32]) {
-    let (strip, cols) = (&job.strips[index], job.x.cols);
-    let mut totals = [_mm512_setzero_ps(); M];
-    let blocks = strip.quants.chunks_exact(F::QUANTS).zip(strip.meta.chunks_exact(F::META));
-    let strip_bytes = F::strip_bytes(strip.quants.len() / F::QUANTS);
-    for (block, (quants, meta)) in blocks.enumerate() {
-        let at = row * cols + block * F::LEN;
-        // The last quants are followed by the next strip's, past what follows them in this one.
-        let beyond = (block + 1) * F::QUANTS + AHEAD > strip.quants.len();
-        let ahead = AHEAD + if beyond { strip_bytes - strip.quants.len() } else { 0 };
-        fetch(meta.as_ptr().wrapping_add(strip_bytes), F::META);
-        let x = job.x.quants[at..at + (M - 1) * cols + F::LEN].as_ptr();
-        let (quants, meta) = (quants.as_ptr(), meta.as_ptr());
-        let mut products = [_mm512_setzero_si512(); M];
-        for sub in 0..F::LEN / 32 {
-            // Two groups of 16, or the even and odd fours of one of 32.
-            let mut sums = [[_mm512_setzero_si512(); 2]; M];
-            for m in 0..M {
-                let start = |half: usize| job.start::<F>(at + m * cols + 32 * sub + half * F::GROUP);
-                sums[m][0] = _mm512_set1_epi32(start(0));
-                if F::GROUP == 16 {
-                    sums[m][1] = _mm512_set1_epi32(start(1));
-                }
-            }
-            for g in 0..8 {
-                let half = if F::GROUP == 16 { g / 4 } else { g % 2 };
-                // SAFETY: the block has `F::LEN / 4` groups, and as many fours of each row of activations.
-                unsafe {
-                    // What lies behind the strips is never read.
-                    let next = quants.wrapping_add((8 * sub + g) * 8 * F::BITS as usize + ahead);
-                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
-                    let weights = weights::<F>(quants, 8 * sub + g);
-                    for m in 0..M {
-                        let x = broadcast(x.add(m * cols + 32 * sub + 4 * g));
-                        sums[m][half] = _mm512_dpbusd_epi32(sums[m][half], weights, x);
-                    }
-                }
-            }
-            // SAFETY: the block has a scale for each group.
-            unsafe {
-                if F::LEN == 32 {
-                    for m in 0..M {
-                        products[m] = _mm512_add_epi32(sums[m][0], sums[m][1]);
-                    }
-                } else if F::GROUP == 32 {
-                    let scales = scales(meta, sub);
-                    for m in 0..M {
-                        let sum = _mm512_add_epi32(sums[m][0], sums[m][1]);
-                        products[m] = _mm512_add_epi32(products[m], _mm512_mullo_epi32(sum, scales));
-                    }
-                } else {
-                    let (first, second) = (scales(meta, 2 * sub), scales(meta, 2 * sub + 1));
-                    for m in 0..M {
-                        let first = _mm512_mullo_epi32(sums[m][0], first);
-                        let second = _mm512_mullo_epi32(sums[m][1], second);
-                        products[m] = _mm512_add_epi32(products[m], _mm512_add_epi32(first, second));
-                    }
-                }
-            }
-        }
-        for m in 0..M {
-            let at = at + m * cols;
-            // SAFETY: the block's `d` and `dmin` are 32 bytes each.
-            unsafe {
-                let scale = _mm512_set1_ps(job.x.scales[at / F::LEN]);
-                let factor = _mm512_mul_ps(floats(meta.add(F::D)), scale);
-                totals[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[m]), factor, totals[m]);
-                if F::MINS {
-                    let factor = _mm512_mul_ps(floats(meta.add(F::D + 2 * ROWS)), scale);
-                    let minima = _mm512_cvtepi32_ps(minima_sum::<F>(job, meta, at));
-                    totals[m] = _mm512_fnmadd_ps(minima, factor, totals[m]);
-                }
-            }
-        }
-    }
-    for m in 0..M {
-        let y = &mut y[((row + m) * job.strips.len() + index) * ROWS..][..ROWS];
-        // SAFETY: `y` has 16 values.
-        unsafe { _mm512_storeu_ps(y.as_mut_ptr(), totals[m]) }
-    }
-}
-
-/// Adds to `y` the products of some blocks, whose panel is unpacked, with some rows of activations.
-pub(super) fn rows<F: Format>(job: &Job, panel: &Panel, rows: Range<usize>, blocks: Range<usize>, y: &mut [f32]) {
-    assert!(available() && y.len() == rows.len() * job.strips.len() * ROWS && blocks.len() * F::LEN <= 256);
-    assert!(rows.end <= job.x.rows && blocks.end * F::LEN <= job.x.cols);
-    // SAFETY: the assertion above ensures that the CPU has the instructions.
+/// One tile's rows of activations, or, with a lone strip as only the last of a matrix is, one after the other.
+fn rows_of<F: Format, const FETCH: bool>(job: &Job, rows: Range<usize>, y: &mut [f32]) {
+    let row = rows.start;
+    // SAFETY: callers asserted that the CPU has the instructions.
     unsafe {
-        match job.strips {
-            [_] => single_avx512::<F>(job, panel, rows, blocks, y),
-            _ => rows_avx512::<F>(job, panel, rows, blocks, y),
+        match (rows.len(), job.strips.len()) {
+            (1, count) => (0..count).for_each(|strip| tile_of::<F, 1, 1, FETCH>(job, strip, row, y)),
+            (2, 2) => tile_of::<F, 2, 2, FETCH>(job, 0, row, y),
+            (3, 2) => tile_of::<F, 3, 2, FETCH>(job, 0, row, y),
+            (4, 2) => tile_of::<F, 4, 2, FETCH>(job, 0, row, y),
+            (5, 2) => tile_of::<F, 5, 2, FETCH>(job, 0, row, y),
+            (6, 2) => tile_of::<F, 6, 2, FETCH>(job, 0, row, y),
+            _ => rows.for_each(|row| tile_of::<F, 1, 1, FETCH>(job, 0, row, y)),
         }
     }
 }
 
-/// Two strips.
+/// `M` rows of activations from `row` on times `C` strips from `strip` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-fn rows_avx512<F: Format>(job: &Job, panel: &Panel, mut rows: Range<usize>, blocks: Range<usize>, mut y: &mut [f32]) {
-    let panel = panel.0.as_ptr();
-    while !rows.is_empty() {
-        let count = rows.len().min(6);
-        let (now, later) = y.split_at_mut(count * 2 * ROWS);
-        // SAFETY: rows and blocks are within the activations and strips, as the caller asserted.
-        unsafe {
-            match count {
-                1 => tile::<F, 1, 2>(job, panel, rows.start, blocks.clone(), now),
-                2 => tile::<F, 2, 2>(job, panel, rows.start, blocks.clone(), now),
-                3 => tile::<F, 3, 2>(job, panel, rows.start, blocks.clone(), now),
-                4 => tile::<F, 4, 2>(job, panel, rows.start, blocks.clone(), now),
-                5 => tile::<F, 5, 2>(job, panel, rows.start, blocks.clone(), now),
-                _ => tile::<F, 6, 2>(job, panel, rows.start, blocks.clone(), now),
-            }
-        }
-        (y, rows.start) = (later, rows.start + count);
-    }
-}
-
-/// One strip, as only the last of a matrix is.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-fn single_avx512<F: Format>(job: &Job, panel: &Panel, rows: Range<usize>, blocks: Range<usize>, y: &mut [f32]) {
-    for (row, y) in rows.zip(y.chunks_exact_mut(ROWS)) {
-        // SAFETY: rows and blocks are within the activations and strips, as the caller asserted.
-        unsafe { tile::<F, 1, 1>(job, panel.0.as_ptr(), row, blocks.clone(), y) }
-    }
-}
-
-/// `M` rows of activations times `C` strips.
-///
-/// # Safety
-/// The rows from `row` on and the blocks are within the activations and strips, `panel` holds `C` panels with the blocks,
-/// and `y` has `M × C × 16` values.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
-unsafe fn tile<F: Format, const M: usize, const C: usize>(
+fn tile_of<F: Format, const M: usize, const C: usize, const FETCH: bool>(
     job: &Job,
-    panel: *const u8,
+    strip: usize,
     row: usize,
-    blocks: Range<usize>,
     y: &mut [f32],
 ) {
-    let cols = job.x.cols;
-    // Indexed loops throughout: what closures return would not stay in registers.
-    let y = y.as_mut_ptr();
-    // SAFETY: the caller's promises bound every index: `at` is a block's first value in the rows of activations.
-    unsafe {
-        let mut totals = [[_mm512_setzero_ps(); C]; M];
+    let (cols, groups, all) = (job.x.cols, job.x.cols / F::GROUP, job.strips.len());
+    let strips: &[Strip; C] = job.strips[strip..].first_chunk().expect("as many strips");
+    let y = &mut y[(row * all + strip) * ROWS..][..((M - 1) * all + C) * ROWS];
+    let (blocks, strip_quants) = (cols / F::LEN, strips[0].quants.len());
+    let strip_bytes = F::strip_bytes(blocks);
+    let mut totals = [[_mm512_setzero_ps(); C]; M];
+    for block in 0..blocks {
+        let at = row * cols + block * F::LEN;
+        let x = job.x.quants[at..at + (M - 1) * cols + F::LEN].as_ptr();
+        let bias = job.bias.as_ptr().wrapping_add(at / F::GROUP);
+        let mut quants = [std::ptr::null(); C];
         let mut metas = [std::ptr::null(); C];
-        for m in 0..M {
+        for c in 0..C {
+            quants[c] = strips[c].quants[block * F::QUANTS..][..F::QUANTS].as_ptr();
+            metas[c] = strips[c].meta[block * F::META..][..F::META].as_ptr();
+        }
+        // The last quants are followed by the next strips', past what follows them in these.
+        let beyond = (block + 1) * F::QUANTS + AHEAD > strip_quants;
+        let ahead = AHEAD + if beyond { C * strip_bytes - strip_quants } else { 0 };
+        if FETCH {
             for c in 0..C {
-                totals[m][c] = _mm512_loadu_ps(y.add((m * C + c) * ROWS));
+                fetch(metas[c].wrapping_add(C * strip_bytes), F::META);
             }
         }
-        for (index, block) in blocks.enumerate() {
-            let first = row * cols + block * F::LEN;
-            for c in 0..C {
-                metas[c] = job.strips[c].meta.as_ptr().add(block * F::META);
-            }
-            let panel = panel.add(index * ROWS * F::LEN);
-            let x = job.x.quants.as_ptr().add(first);
-            let mut products = [[_mm512_setzero_si512(); C]; M];
-            for group in 0..F::LEN / F::GROUP {
-                let mut sums = [[_mm512_setzero_si512(); C]; M];
+        let mut products = [[_mm512_setzero_si512(); C]; M];
+        for sub in 0..F::LEN / 32 {
+            for group in 0..32 / F::GROUP {
+                // Two chains of sums where there are few, to hide the instruction's latency.
+                let chains = if M * C <= 4 { 2 } else { 1 };
+                let mut sums = [[[_mm512_setzero_si512(); C]; M]; 2];
                 if F::ZERO != 0 {
                     for m in 0..M {
-                        let start = broadcast(job.bias.as_ptr().add((first + m * cols) / F::GROUP + group));
-                        sums[m] = [start; C];
+                        // SAFETY: there is one for each group of the activations.
+                        let start = unsafe { broadcast(bias.add(m * groups + 32 / F::GROUP * sub + group)) };
+                        sums[0][m] = [start; C];
                     }
                 }
                 for g in group * F::GROUP / 4..(group + 1) * F::GROUP / 4 {
-                    let mut w = [_mm512_setzero_si512(); C];
-                    for c in 0..C {
-                        w[c] = _mm512_loadu_si512(panel.add(c * PANEL + 64 * g).cast());
-                    }
-                    for m in 0..M {
-                        let x = broadcast(x.add(m * cols + 4 * g));
+                    // SAFETY: the block has `F::LEN / 4` groups of four, and as many fours of each row of activations.
+                    unsafe {
+                        let mut w = [_mm512_setzero_si512(); C];
                         for c in 0..C {
-                            sums[m][c] = _mm512_dpbusd_epi32(sums[m][c], w[c], x);
+                            // A line at a time: of many at once the CPU drops some. What lies behind the strips is never read.
+                            if FETCH && g < F::BITS as usize {
+                                let line = sub * F::BITS as usize + g;
+                                _mm_prefetch::<_MM_HINT_T0>(quants[c].wrapping_add(ahead + 64 * line).cast());
+                            }
+                            w[c] = weights::<F>(quants[c], 8 * sub + g);
                         }
-                    }
-                }
-                if F::LEN == 32 {
-                    products = sums;
-                } else {
-                    for c in 0..C {
-                        let scales = scales(metas[c], group);
                         for m in 0..M {
-                            products[m][c] = _mm512_add_epi32(products[m][c], _mm512_mullo_epi32(sums[m][c], scales));
+                            let x = broadcast(x.add(m * cols + 32 * sub + 4 * g));
+                            for c in 0..C {
+                                let sum = &mut sums[g % chains][m][c];
+                                *sum = _mm512_dpbusd_epi32(*sum, w[c], x);
+                            }
                         }
                     }
                 }
-            }
-            let mut minima_of = [[_mm512_setzero_si512(); C]; M];
-            if F::MINS && F::LEN == 32 {
-                for m in 0..M {
-                    minima_of[m] = [_mm512_set1_epi32((*job.x.sums32.as_ptr().add((first + m * cols) / 32)).into()); C];
-                }
-            } else if F::MINS {
-                let sums = if F::GROUP == 16 { job.x.sums16.as_ptr() } else { job.x.sums32.as_ptr() };
-                for pair in 0..F::LEN / F::GROUP / 2 {
-                    let mut pairs = [_mm512_setzero_si512(); C];
-                    for c in 0..C {
-                        pairs[c] = minima::<F>(metas[c], pair);
+                for c in 0..C {
+                    let mut scales = sums[0][0][c];
+                    if F::LEN != 32 {
+                        // SAFETY: a block of 256 has a scale for each group.
+                        scales = unsafe { self::scales(metas[c], 32 / F::GROUP * sub + group) };
                     }
                     for m in 0..M {
-                        let sums = broadcast(sums.add((first + m * cols) / F::GROUP + 2 * pair));
-                        for c in 0..C {
-                            minima_of[m][c] = _mm512_dpwssd_epi32(minima_of[m][c], pairs[c], sums);
+                        let mut sum = sums[0][m][c];
+                        if chains == 2 {
+                            sum = _mm512_add_epi32(sum, sums[1][m][c]);
                         }
-                    }
-                }
-            }
-            for c in 0..C {
-                let d = floats(metas[c].add(F::D));
-                let dmin = if F::MINS { floats(metas[c].add(F::D + 2 * ROWS)) } else { d };
-                for m in 0..M {
-                    let scale = _mm512_set1_ps(*job.x.scales.as_ptr().add((first + m * cols) / F::LEN));
-                    let product = _mm512_cvtepi32_ps(products[m][c]);
-                    totals[m][c] = _mm512_fmadd_ps(product, _mm512_mul_ps(d, scale), totals[m][c]);
-                    if F::MINS {
-                        let minima = _mm512_cvtepi32_ps(minima_of[m][c]);
-                        totals[m][c] = _mm512_fnmadd_ps(minima, _mm512_mul_ps(dmin, scale), totals[m][c]);
+                        products[m][c] = if F::LEN == 32 {
+                            sum
+                        } else {
+                            _mm512_add_epi32(products[m][c], _mm512_mullo_epi32(sum, scales))
+                        };
                     }
                 }
             }
         }
+        // SAFETY: `d` and `dmin` are 32 bytes each; the activations have a scale for each block, sums for each group.
+        unsafe { add_block::<F, M, C>(job, &metas, at, &products, &mut totals) }
+    }
+    for m in 0..M {
+        for c in 0..C {
+            let y = &mut y[(m * all + c) * ROWS..][..ROWS];
+            // SAFETY: `y` has 16 values.
+            unsafe { _mm512_storeu_ps(y.as_mut_ptr(), totals[m][c]) }
+        }
+    }
+}
+
+/// Adds a block's products, less the minima's part, to the totals. `at` is the block's first value of the activations.
+///
+/// # Safety
+/// `metas` are starts of the block's `F::META` bytes; the block is within the `M` rows of activations.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+#[inline]
+unsafe fn add_block<F: Format, const M: usize, const C: usize>(
+    job: &Job,
+    metas: &[*const u8; C],
+    at: usize,
+    products: &[[__m512i; C]; M],
+    totals: &mut [[__m512; C]; M],
+) {
+    let cols = job.x.cols;
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut factors = [[_mm512_setzero_ps(); C]; M];
         for m in 0..M {
+            let scale = _mm512_set1_ps(*job.x.scales.get_unchecked((at + m * cols) / F::LEN));
+            factors[m] = [scale; C];
+        }
+        for c in 0..C {
+            let d = floats(metas[c].add(F::D));
+            for m in 0..M {
+                let factor = _mm512_mul_ps(d, factors[m][c]);
+                totals[m][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[m][c]), factor, totals[m][c]);
+            }
+        }
+        if F::MINS {
+            let minima = minima_sums::<F, M, C>(job, metas, at);
             for c in 0..C {
-                _mm512_storeu_ps(y.add((m * C + c) * ROWS), totals[m][c]);
+                let dmin = floats(metas[c].add(F::D + 2 * ROWS));
+                for m in 0..M {
+                    let factor = _mm512_mul_ps(dmin, factors[m][c]);
+                    totals[m][c] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(minima[m][c]), factor, totals[m][c]);
+                }
             }
         }
     }
+}
+
+/// The sums over a block's groups of minimum times sum of activations. `at` is the block's first value of the activations.
+///
+/// # Safety
+/// As for [`add_block`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")]
+#[inline]
+unsafe fn minima_sums<F: Format, const M: usize, const C: usize>(
+    job: &Job,
+    metas: &[*const u8; C],
+    at: usize,
+) -> [[__m512i; C]; M] {
+    let cols = job.x.cols;
+    let mut totals = [[_mm512_setzero_si512(); C]; M];
+    // SAFETY: the activations have a sum for each group of the block, two of which are 4 bytes.
+    unsafe {
+        if F::LEN == 32 {
+            for m in 0..M {
+                totals[m] = [_mm512_set1_epi32((*job.x.sums32.get_unchecked((at + m * cols) / 32)).into()); C];
+            }
+            return totals;
+        }
+        let sums = if F::GROUP == 16 { job.x.sums16.as_ptr() } else { job.x.sums32.as_ptr() };
+        for pair in 0..F::LEN / F::GROUP / 2 {
+            let mut pairs = [_mm512_setzero_si512(); C];
+            for c in 0..C {
+                pairs[c] = minima::<F>(metas[c], pair);
+            }
+            for m in 0..M {
+                let sums = broadcast(sums.add((at + m * cols) / F::GROUP + 2 * pair));
+                for c in 0..C {
+                    totals[m][c] = _mm512_dpwssd_epi32(totals[m][c], pairs[c], sums);
+                }
+            }
+        }
+    }
+    totals
 }
