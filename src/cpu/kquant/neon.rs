@@ -1,8 +1,9 @@
-//! NEON with the dot product extension: one instruction adds four columns to the sums of 4 rows.
+//! NEON with the dot product extension: one instruction adds four columns to the sums of 4 rows. With the matrix extension
+//! (i8mm) and more than one row of activations: one adds eight columns to the sums of 2 rows with 2 rows of activations.
 //!
-//! A group of four columns is four vectors of 4 rows. The instruction is written as assembly, as the compiler's intrinsic
-//! for it is not stable. 8-bit quants become signed by turning their highest bit, the others are signed as they are; their
-//! `ZERO` is part of what sums start from.
+//! A group of four columns is four vectors of 4 rows; for i8mm two groups are unpacked as eight vectors of 2 rows. Both
+//! instructions are written as assembly, as the compiler's intrinsics for them are not stable. 8-bit quants become signed by
+//! turning their highest bit, the others are signed as they are; their `ZERO` is part of what sums start from.
 // Tiles are indexed by row and strip, as in the formulas.
 #![allow(unsafe_code, clippy::needless_range_loop)]
 
@@ -31,6 +32,23 @@ fn dot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction works on registers only, and the caller has the feature.
     unsafe {
         asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) sum, in(vreg) a, in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
+/// True if the machine has the matrix extension.
+fn i8mm() -> bool {
+    is_aarch64_feature_detected!("i8mm")
+}
+
+/// Adds the products of the two rows of eight bytes in `a` with those in `b`: to lane `2 i + j` that of row `i` with row `j`.
+#[target_feature(enable = "neon,i8mm")]
+#[inline]
+fn dots(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    // SAFETY: the instruction works on registers only, and the caller has the feature.
+    unsafe {
+        asm!("smmla {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) sum, in(vreg) a, in(vreg) b,
             options(pure, nomem, nostack, preserves_flags));
     }
     sum
@@ -68,22 +86,40 @@ unsafe fn weights<F: Format>(block: *const u8, g: usize, quarter: usize) -> uint
     }
 }
 
-/// `super::strip::unpack` for one block.
+/// What the instructions take for quants: those of 8 bits less 128.
+#[target_feature(enable = "neon,dotprod")]
+#[inline]
+fn signed<F: Format>(quants: uint8x16_t) -> uint8x16_t {
+    if F::BITS == 8 { veorq_u8(quants, vdupq_n_u8(128)) } else { quants }
+}
+
+/// [`strip::unpack`] for one block, [`signed`]. With i8mm pairs of groups become, for each two rows, the eight columns of one and of
+/// the other.
 pub(super) fn unpack<F: Format>(quants: &[u8], panel: &mut [u8]) {
     #[target_feature(enable = "neon,dotprod")]
-    fn inner<F: Format>(quants: &[u8], panel: &mut [u8]) {
-        for (g, out) in panel.chunks_exact_mut(64).enumerate() {
+    fn inner<F: Format>(quants: &[u8], panel: &mut [u8], pairs: bool) {
+        for (pair, out) in panel.chunks_exact_mut(128).enumerate() {
             // SAFETY: `quants` has the block's bytes and `panel` 64 for each group, as the caller asserted.
             unsafe {
+                let (quants, out) = (quants.as_ptr(), out.as_mut_ptr());
                 for quarter in 0..4 {
-                    vst1q_u8(out.as_mut_ptr().add(16 * quarter), weights::<F>(quants.as_ptr(), g, quarter));
+                    let even = signed::<F>(weights::<F>(quants, 2 * pair, quarter));
+                    let odd = signed::<F>(weights::<F>(quants, 2 * pair + 1, quarter));
+                    if pairs {
+                        let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
+                        vst1q_u32(out.add(32 * quarter).cast(), vzip1q_u32(even, odd));
+                        vst1q_u32(out.add(32 * quarter + 16).cast(), vzip2q_u32(even, odd));
+                    } else {
+                        vst1q_u8(out.add(16 * quarter), even);
+                        vst1q_u8(out.add(64 + 16 * quarter), odd);
+                    }
                 }
             }
         }
     }
     assert!(available() && quants.len() == F::QUANTS && panel.len() == ROWS * F::LEN);
     // SAFETY: the assertion above ensures that the CPU has the instructions.
-    unsafe { inner::<F>(quants, panel) }
+    unsafe { inner::<F>(quants, panel, i8mm()) }
 }
 
 /// Writes the products of one strip with the only row of activations to `y`.
@@ -93,7 +129,7 @@ pub(super) fn row<F: Format>(job: &Job, strip: usize, y: &mut [f32]) {
     let (quants, blocks) = (job.strips[strip].quants.as_ptr(), 0..job.x.cols / F::LEN);
     // SAFETY: the assertion above ensures that the CPU has the instructions; a strip has quants for all columns of the
     // activations.
-    unsafe { tile::<F, 1, false>(job, strip, quants, 0, blocks, y, ROWS) }
+    unsafe { tile::<F, 1, STRIP>(job, strip, quants, 0, blocks, y, ROWS) }
 }
 
 /// Adds to `y` the products of some blocks, whose panel is unpacked, with some rows of activations.
@@ -110,10 +146,13 @@ pub(super) fn rows<F: Format>(job: &Job, panel: &Panel, mut rows: Range<usize>, 
             // SAFETY: the assertions above ensure that the CPU has the instructions, that the panel holds these blocks, and
             // that rows and blocks are within the activations and strips.
             unsafe {
-                match count {
-                    1 => tile::<F, 1, true>(job, strip, panel, rows.start, blocks.clone(), y, stride),
-                    2 => tile::<F, 2, true>(job, strip, panel, rows.start, blocks.clone(), y, stride),
-                    _ => tile::<F, TILE, true>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                match (count, i8mm()) {
+                    (1, false) => tile::<F, 1, FOURS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                    (2, false) => tile::<F, 2, FOURS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                    (_, false) => tile::<F, TILE, FOURS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                    (1, true) => tile::<F, 1, PAIRS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                    (2, true) => tile::<F, 2, PAIRS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
+                    (_, true) => tile::<F, TILE, PAIRS>(job, strip, panel, rows.start, blocks.clone(), y, stride),
                 }
             }
         }
@@ -121,14 +160,20 @@ pub(super) fn rows<F: Format>(job: &Job, panel: &Panel, mut rows: Range<usize>, 
     }
 }
 
-/// `M` rows of activations times one strip. Its quants are those of a panel that starts with the first block, or (not
-/// `UNPACKED`) the strip's own.
+/// Quants of a strip.
+const STRIP: u8 = 0;
+/// Quants of a panel, for `sdot`.
+const FOURS: u8 = 1;
+/// Quants of a panel, for `smmla`.
+const PAIRS: u8 = 2;
+
+/// `M` rows of activations times one strip. Its quants lie as `LAYOUT` says, those of a panel from the first block on.
 ///
 /// # Safety
 /// The rows from `row` on and the blocks are within the activations and the strip; `quants` has all blocks; `y` has 16
-/// values for each row, `stride` apart.
+/// values for each row, `stride` apart. The CPU has i8mm if the layout is `PAIRS`.
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
+unsafe fn tile<F: Format, const M: usize, const LAYOUT: u8>(
     job: &Job,
     strip: usize,
     quants: *const u8,
@@ -139,7 +184,6 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
 ) {
     assert!(y.len() >= (M - 1) * stride + ROWS);
     let (cols, y) = (job.x.cols, y.as_mut_ptr());
-    let flip = vdupq_n_u8(128);
     // SAFETY: the caller's promises bound every index: `at` is a block's first value in the rows of activations.
     unsafe {
         let mut totals = [[vdupq_n_f32(0.0); 4]; M];
@@ -150,7 +194,7 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
         }
         for (index, block) in blocks.enumerate() {
             let first = row * cols + block * F::LEN;
-            let quants = quants.add(index * if UNPACKED { ROWS * F::LEN } else { F::QUANTS });
+            let quants = quants.add(index * if LAYOUT == STRIP { F::QUANTS } else { ROWS * F::LEN });
             let meta = &job.strips[strip].meta[block * F::META..][..F::META];
             let x = job.x.quants.as_ptr().add(first);
             let mut products = [[vdupq_n_s32(0); 4]; M];
@@ -164,20 +208,25 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
                         sums[m] = [vdupq_n_s32(job.start::<F>(at(m))); 4];
                     }
                 }
-                for g in group * F::GROUP / 4..(group + 1) * F::GROUP / 4 {
-                    let mut w = [flip; 4];
-                    for q in 0..4 {
-                        w[q] =
-                            if UNPACKED { vld1q_u8(quants.add(64 * g + 16 * q)) } else { weights::<F>(quants, g, q) };
-                        if F::BITS == 8 {
-                            w[q] = veorq_u8(w[q], flip);
-                        }
-                    }
-                    for m in 0..M {
-                        let x =
-                            vreinterpretq_s8_s32(vdupq_n_s32(x.add(m * cols + 4 * g).cast::<i32>().read_unaligned()));
+                let fours = group * F::GROUP / 4..(group + 1) * F::GROUP / 4;
+                if LAYOUT == PAIRS {
+                    sums_of_pairs::<M>(quants, x, cols, fours, &mut sums);
+                } else {
+                    for g in fours {
+                        let mut w = [vdupq_n_u8(0); 4];
                         for q in 0..4 {
-                            sums[m][q] = dot(sums[m][q], vreinterpretq_s8_u8(w[q]), x);
+                            w[q] = if LAYOUT == STRIP {
+                                signed::<F>(weights::<F>(quants, g, q))
+                            } else {
+                                vld1q_u8(quants.add(64 * g + 16 * q))
+                            };
+                        }
+                        for m in 0..M {
+                            let x = x.add(m * cols + 4 * g).cast::<i32>().read_unaligned();
+                            let x = vreinterpretq_s8_s32(vdupq_n_s32(x));
+                            for q in 0..4 {
+                                sums[m][q] = dot(sums[m][q], vreinterpretq_s8_u8(w[q]), x);
+                            }
                         }
                     }
                 }
@@ -225,6 +274,56 @@ unsafe fn tile<F: Format, const M: usize, const UNPACKED: bool>(
         for m in 0..M {
             for q in 0..4 {
                 vst1q_f32(y.add(m * stride + 4 * q), totals[m][q]);
+            }
+        }
+    }
+}
+
+/// Adds to sums of `M` rows of activations and 4 times 4 rows of weights the products of some groups of four columns, an even
+/// number, of a panel in pairs.
+///
+/// # Safety
+/// The CPU has i8mm; `quants` has 64 bytes for each group, `x` as many columns in `M` rows, `cols` apart.
+#[target_feature(enable = "neon,i8mm")]
+#[inline]
+unsafe fn sums_of_pairs<const M: usize>(
+    quants: *const u8,
+    x: *const i8,
+    cols: usize,
+    fours: Range<usize>,
+    sums: &mut [[int32x4_t; 4]; M],
+) {
+    // By pairs of rows of activations and pairs of rows of weights. A lone row of activations is paired with zeros.
+    let mut pairs = [[vdupq_n_s32(0); 8]; M];
+    for i in 0..M.div_ceil(2) {
+        for q in 0..4 {
+            let other = if 2 * i + 1 < M { sums[2 * i + 1][q] } else { vdupq_n_s32(0) };
+            pairs[i][2 * q] = vzip1q_s32(sums[2 * i][q], other);
+            pairs[i][2 * q + 1] = vzip2q_s32(sums[2 * i][q], other);
+        }
+    }
+    for g in fours.start / 2..fours.end / 2 {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let mut xs = [vdupq_n_s8(0); M];
+            for i in 0..M.div_ceil(2) {
+                let row = |m: usize| vld1_s8(x.add(m * cols + 8 * g));
+                xs[i] = vcombine_s8(row(2 * i), if 2 * i + 1 < M { row(2 * i + 1) } else { vdup_n_s8(0) });
+            }
+            for pair in 0..8 {
+                let w = vld1q_u8(quants.add(128 * g + 16 * pair));
+                for i in 0..M.div_ceil(2) {
+                    pairs[i][pair] = dots(pairs[i][pair], vreinterpretq_s8_u8(w), xs[i]);
+                }
+            }
+        }
+    }
+    for i in 0..M.div_ceil(2) {
+        for q in 0..4 {
+            let (front, back) = (pairs[i][2 * q], pairs[i][2 * q + 1]);
+            sums[2 * i][q] = vuzp1q_s32(front, back);
+            if 2 * i + 1 < M {
+                sums[2 * i + 1][q] = vuzp2q_s32(front, back);
             }
         }
     }
