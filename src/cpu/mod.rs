@@ -27,7 +27,7 @@ mod neon;
 mod rate;
 pub mod softmax;
 mod spread;
-pub(crate) mod zeros;
+pub mod zeros;
 
 /// A set of CPU instructions to decode with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,6 +2,7 @@
 //! waiting, and have left the cache when they are filled.
 #![allow(unsafe_code)]
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -54,6 +55,111 @@ pub(crate) fn zeros<E>(
     Ok(values)
 }
 
+/// Some columns of a row-major matrix, for one thread to write while others write other columns.
+pub struct Columns<'a> {
+    first: *mut f32,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    matrix: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: no two have a value in common, and each is borrowed from its matrix as a slice would be.
+unsafe impl Send for Columns<'_> {}
+
+impl<'a> Columns<'a> {
+    /// All columns of a matrix of `cols`.
+    pub fn of(values: &'a mut [f32], cols: usize) -> Columns<'a> {
+        let rows = values.len().checked_div(cols).unwrap_or(0);
+        Columns { first: values.as_mut_ptr(), stride: cols, rows, cols, matrix: PhantomData }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// What row `row` has of them.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "there are {} rows", self.rows);
+        // SAFETY: the row is there and holds numbers; it is borrowed for as long as `self`, and nothing else has it.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.cols) }
+    }
+}
+
+/// Columns that may not hold zeros yet.
+pub(crate) struct Unmade<'a> {
+    columns: Columns<'a>,
+    /// Where to count values that become zeros; `None` if they are.
+    zeroed: Option<&'a AtomicUsize>,
+}
+
+/// Rows up to which one thread zeroes all columns: counting them would take longer.
+const FEW_ROWS: usize = 7;
+
+impl<'a> Unmade<'a> {
+    /// The columns, as zeros.
+    pub fn zeros(self) -> Columns<'a> {
+        let Some(zeroed) = self.zeroed else { return self.columns };
+        let Columns { first, stride, rows, cols, .. } = self.columns;
+        for row in 0..rows {
+            // SAFETY: memory for the row is there, and nothing else has these columns of it.
+            unsafe { first.add(row * stride).write_bytes(0, cols) };
+        }
+        zeroed.fetch_add(rows * cols, Ordering::AcqRel);
+        self.columns
+    }
+}
+
+/// Row-major matrices of `rows` rows and so many columns each, one after the other, in parts of `size` columns but the last of
+/// each, all of which `fill` must make and may write to.
+///
+/// # Errors
+/// Those of `fill`.
+pub(crate) fn zeros_by_columns<E>(
+    rows: usize,
+    cols: impl Iterator<Item = usize> + Clone,
+    size: usize,
+    fill: impl FnOnce(Vec<Unmade>) -> Result<(), E>,
+) -> Result<Vec<f32>, E> {
+    let len = rows * cols.clone().sum::<usize>();
+    let mut values: Vec<f32> = Vec::with_capacity(len);
+    let mut rest = &mut values.spare_capacity_mut()[..len];
+    let zeroed = AtomicUsize::new(0);
+    let counter = (rows > FEW_ROWS).then_some(&zeroed);
+    if counter.is_none() {
+        for value in rest.iter_mut() {
+            value.write(0.0);
+        }
+        zeroed.store(len, Ordering::Release);
+    }
+    let mut parts = Vec::new();
+    for stride in cols {
+        let (matrix, after) = rest.split_at_mut(rows * stride);
+        rest = after;
+        // From here on only these columns lead to the matrix.
+        let matrix = matrix.as_mut_ptr().cast::<f32>();
+        parts.extend((0..stride).step_by(size.max(1)).map(|at| {
+            let (first, cols) = (matrix.wrapping_add(at), size.min(stride - at));
+            Unmade { columns: Columns { first, stride, rows, cols, matrix: PhantomData }, zeroed: counter }
+        }));
+    }
+    fill(parts)?;
+    // Columns are counted once, as making them takes them away.
+    assert_eq!(zeroed.into_inner(), len, "columns were left out");
+    // SAFETY: the capacity is there, and the columns, which are all values, were written.
+    unsafe { values.set_len(len) };
+    Ok(values)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +178,48 @@ mod tests {
         assert_eq!(made.unwrap(), [1.0, 1.0, 0.0, 3.0, 3.0, 0.0, 0.0, 0.0, 4.0]);
         assert_eq!(zeros([2].into_iter(), |_| Err("stopped")), Err("stopped"));
         assert_eq!(zeros(std::iter::empty(), |_| Ok::<_, ()>(())), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn columns_are_zeros_and_keep_what_is_written_to_them() {
+        for rows in [2, FEW_ROWS + 1] {
+            let made = zeros_by_columns(rows, [3, 0, 2].into_iter(), 2, |parts| {
+                assert_eq!(parts.len(), 3);
+                std::thread::scope(|scope| {
+                    for (index, part) in parts.into_iter().enumerate() {
+                        scope.spawn(move || {
+                            let mut columns = part.zeros();
+                            let zeros = vec![0.0; columns.cols()];
+                            assert!(columns.rows() == rows && columns.row(rows - 1) == zeros);
+                            columns.row(rows - 1)[0] = 1.0 + index as f32;
+                        });
+                    }
+                });
+                Ok::<_, ()>(())
+            });
+            let mut expected = vec![0.0; 5 * rows];
+            expected[3 * (rows - 1)..3 * rows].copy_from_slice(&[1.0, 0.0, 2.0]);
+            expected[5 * rows - 2] = 3.0;
+            assert_eq!(made.unwrap(), expected);
+        }
+        let mut values = [1.0, 2.0, 3.0, 4.0];
+        assert_eq!(Columns::of(&mut values, 2).row(1), [3.0, 4.0]);
+        assert_eq!((Columns::of(&mut values, 0).rows(), Columns::of(&mut [], 3).rows()), (0, 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "columns were left out")]
+    fn columns_that_were_not_made_are_not_handed_out() {
+        let _ = zeros_by_columns(FEW_ROWS + 1, [2].into_iter(), 1, |mut parts| {
+            parts.pop().map(Unmade::zeros);
+            Ok::<_, ()>(())
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "there are 1 rows")]
+    fn a_row_that_is_not_there_is_not_read() {
+        Columns::of(&mut [1.0, 2.0], 2).row(1);
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! A matrix of ggml's block formats in memory, laid out for products.
 
-use std::cell::Cell;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -8,26 +7,19 @@ use std::sync::Mutex;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::product::{run_parts, unstrip};
+use super::product::run_parts;
 use super::{Executor, RayonExecutor};
 use crate::codec::kquant::strip::{self, ROWS, StripFormat};
 use crate::codec::kquant::{Activation, Format, GgmlType, Parts, dequantize, with_format};
 use crate::codec::{Dtype, quant};
 use crate::cpu::dot::dot;
 use crate::cpu::gemm::{Gemm, gemm};
+use crate::cpu::zeros::{Columns, zeros_by_columns};
 use crate::cpu::{self, Backend, kquant};
 use crate::{Error, Result};
 
 /// Rows that are dequantised at a time for gradients.
 const GRADIENT_ROWS: usize = 64;
-/// Values of a kept buffer, at most: 64 MB.
-const KEPT: usize = 1 << 24;
-
-thread_local! {
-    /// Products in the order of the tasks. Kept, as fresh pages for megabytes cost as much as a tenth of the products.
-    static STRIPED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
 /// Activations up to which a dense product is made of dot products.
 const FEW: usize = 8;
 /// Rows of a task: two strips.
@@ -218,8 +210,8 @@ impl KQuantMatrix {
         Ok(x)
     }
 
-    /// Fills `m × rows` values with the products of some rows, a multiple of a strip's or the last.
-    fn task(&self, rows: Range<usize>, x: &Prepared, bias: &[i32], y: &mut [f32]) -> Result<()> {
+    /// Fills the columns of some rows, a multiple of a strip's or the last, with their products.
+    fn task(&self, rows: Range<usize>, x: &Prepared, bias: &[i32], y: &mut Columns) -> Result<()> {
         let Store::Strips(strips) = &self.store else { return self.dense_task(rows, x, y) };
         let x = x.quantized(self.ty.block_len())?;
         let strip_bytes = strips.len() / self.rows.div_ceil(ROWS);
@@ -232,30 +224,35 @@ impl KQuantMatrix {
         }
         // The last strip has rows that the matrix has not.
         let mut wide = vec![0.0; x.rows * count * ROWS];
-        kquant::product(self.backend, self.ty, strips, x, bias, &mut wide);
-        for (y, wide) in y.chunks_exact_mut(rows.len()).zip(wide.chunks_exact(count * ROWS)) {
-            y.copy_from_slice(&wide[..rows.len()]);
+        kquant::product(self.backend, self.ty, strips, x, bias, &mut Columns::of(&mut wide, count * ROWS));
+        for (row, wide) in wide.chunks_exact(count * ROWS).enumerate() {
+            y.row(row).copy_from_slice(&wide[..rows.len()]);
         }
         Ok(())
     }
 
     /// The same with dequantised rows.
-    fn dense_task(&self, rows: Range<usize>, x: &Prepared, y: &mut [f32]) -> Result<()> {
+    fn dense_task(&self, rows: Range<usize>, x: &Prepared, y: &mut Columns) -> Result<()> {
         let (n, k) = (rows.len(), self.cols);
         let mut weights = vec![0.0; n * k];
         for (row, weights) in rows.zip(weights.chunks_exact_mut(k)) {
             self.dequantize_row(row, weights)?;
         }
         if x.rows <= FEW {
-            for (x, y) in x.values.chunks_exact(k).zip(y.chunks_exact_mut(n)) {
-                for (y, weights) in y.iter_mut().zip(weights.chunks_exact(k)) {
+            for (row, x) in x.values.chunks_exact(k).enumerate() {
+                for (y, weights) in y.row(row).iter_mut().zip(weights.chunks_exact(k)) {
                     *y = dot(self.backend, weights, x);
                 }
             }
             return Ok(());
         }
         // y[m][n] = Σ x[m][k] · w[n][k]
-        gemm(&Gemm { m: x.rows, n, k, a: [k, 1], b: [1, k], c: [n, 1], add: false }, x.values, &weights, y);
+        let mut products = vec![0.0; x.rows * n];
+        let shape = Gemm { m: x.rows, n, k, a: [k, 1], b: [1, k], c: [n, 1], add: false };
+        gemm(&shape, x.values, &weights, &mut products);
+        for (row, products) in products.chunks_exact(n).enumerate() {
+            y.row(row).copy_from_slice(products);
+        }
         Ok(())
     }
 
@@ -346,39 +343,25 @@ pub fn kquant_matmul_each(
     matrices.iter().try_for_each(|matrix| matrix.expect(x.len(), m))?;
     let len = m * matrices.iter().map(|matrix| matrix.rows).sum::<usize>();
     let Some(first) = matrices.first().filter(|_| m > 0) else { return Ok(vec![0.0; len]) };
-    // Tasks write every value, so that what a kept buffer held does not matter.
-    let mut buffer = if m == 1 { Vec::new() } else { STRIPED.take() };
-    buffer.resize(len.max(buffer.len()), 0.0);
-    let y = &mut buffer[..len];
     let mut blocks: Vec<usize> = matrices.iter().filter_map(|matrix| matrix.activation_block()).collect();
     blocks.sort_unstable();
     blocks.dedup();
     let quantized = blocks.into_iter().map(|block| quantize(first.backend, x, m, block, executor)).collect();
     let x = Prepared { values: x, rows: m, quantized };
-    // By matrices and tasks: [matrix][task][m][row of the task].
-    let (mut parts, mut tasks, mut rest) = (Vec::new(), Vec::new(), &mut *y);
-    let mut biases = Vec::new();
+    let (mut tasks, mut biases) = (Vec::new(), Vec::new());
     for (index, matrix) in matrices.iter().enumerate() {
-        let (own, after) = rest.split_at_mut(m * matrix.rows);
-        rest = after;
-        parts.extend(own.chunks_mut(m * TASK));
         tasks.extend((0..matrix.rows.div_ceil(TASK)).map(|task| (index, task)));
         let quantized = matrix.activation_block().map(|block| x.quantized(block)).transpose()?;
         biases.push(quantized.map_or(Vec::new(), |x| kquant::bias(matrix.ty, x)));
     }
-    run_parts(executor, parts, |task, y| {
-        let (index, task) = tasks[task];
-        let matrix = matrices[index];
-        matrix.task(task * TASK..matrix.rows.min((task + 1) * TASK), &x, &biases[index], y)
-    })?;
-    if m == 1 {
-        return Ok(buffer);
-    }
-    let out = unstrip(executor, &buffer[..len], m, matrices.iter().map(|matrix| matrix.rows), TASK)?;
-    if buffer.len() <= KEPT {
-        STRIPED.set(buffer);
-    }
-    Ok(out)
+    zeros_by_columns(m, matrices.iter().map(|matrix| matrix.rows), TASK, |parts| {
+        run_parts(executor, parts, |task, y| {
+            let (index, task) = tasks[task];
+            let matrix = matrices[index];
+            let rows = task * TASK..matrix.rows.min((task + 1) * TASK);
+            matrix.task(rows, &x, &biases[index], &mut y.zeros())
+        })
+    })
 }
 
 impl fmt::Debug for KQuantMatrix {

@@ -16,6 +16,7 @@ use super::avx2::{AHEAD, fetch};
 use super::{Job, STRIPS, Strip};
 use crate::codec::kquant::strip::{ROWS, StripFormat};
 use crate::codec::kquant::{Activation, Format, GgmlType, Parts};
+use crate::cpu::zeros::Columns;
 
 /// Rows of activations that share weights in registers.
 const TILE: usize = 6;
@@ -145,8 +146,8 @@ unsafe fn broadcast<T>(at: *const T) -> __m512i {
 }
 
 /// Writes the products of one or two strips with all rows of activations to `y`.
-pub(super) fn rows<F: Format>(job: &Job, y: &mut [f32]) {
-    assert!(available() && y.len() == job.x.rows * job.strips.len() * ROWS);
+pub(super) fn rows<F: Format>(job: &Job, y: &mut Columns) {
+    assert!(available());
     let groups = |of: usize| job.x.rows * (job.x.cols / of);
     assert!(F::ZERO == 0 || job.bias.len() == groups(F::GROUP));
     assert!(
@@ -190,7 +191,7 @@ fn unpack<F: Format>(quants: &[u8], panel: &mut [u8]) {
 
 /// Goes over the rows of activations a tile at a time. `memory`: strips come from memory the first time, and are asked for
 /// ahead.
-fn tiles<F: Format>(job: &Job, memory: bool, y: &mut [f32]) {
+fn tiles<F: Format>(job: &Job, memory: bool, y: &mut Columns) {
     let rows = job.x.rows;
     // As equal as can be: a lone last row would take as long as two.
     let tiles = rows.div_ceil(TILE).max(1);
@@ -205,7 +206,7 @@ fn tiles<F: Format>(job: &Job, memory: bool, y: &mut [f32]) {
 }
 
 /// One tile's rows of activations, or, with a lone strip as only the last of a matrix is, one after the other.
-fn rows_of<F: Format, const FETCH: bool>(job: &Job, rows: Range<usize>, y: &mut [f32]) {
+fn rows_of<F: Format, const FETCH: bool>(job: &Job, rows: Range<usize>, y: &mut Columns) {
     let row = rows.start;
     // SAFETY: callers asserted that the CPU has the instructions.
     unsafe {
@@ -227,11 +228,10 @@ fn tile_of<F: Format, const M: usize, const C: usize, const FETCH: bool>(
     job: &Job,
     strip: usize,
     row: usize,
-    y: &mut [f32],
+    y: &mut Columns,
 ) {
-    let (cols, groups, all) = (job.x.cols, job.x.cols / F::GROUP, job.strips.len());
+    let (cols, groups) = (job.x.cols, job.x.cols / F::GROUP);
     let strips: &[Strip; C] = job.strips[strip..].first_chunk().expect("as many strips");
-    let y = &mut y[(row * all + strip) * ROWS..][..((M - 1) * all + C) * ROWS];
     let (blocks, strip_quants) = (cols / F::LEN, strips[0].quants.len());
     let strip_bytes = F::strip_bytes(blocks);
     let mut totals = [[_mm512_setzero_ps(); C]; M];
@@ -312,7 +312,7 @@ fn tile_of<F: Format, const M: usize, const C: usize, const FETCH: bool>(
     }
     for m in 0..M {
         for c in 0..C {
-            let y = &mut y[(m * all + c) * ROWS..][..ROWS];
+            let y = &mut y.row(row + m)[(strip + c) * ROWS..][..ROWS];
             // SAFETY: `y` has 16 values.
             unsafe { _mm512_storeu_ps(y.as_mut_ptr(), totals[m][c]) }
         }

@@ -34,6 +34,7 @@ mod neon;
 use half::f16;
 
 use super::Backend;
+use super::zeros::Columns;
 use crate::codec::kquant::strip::{self, PANEL, ROWS, StripFormat};
 use crate::codec::kquant::{Activation, Format, GgmlType, with_format};
 
@@ -65,11 +66,11 @@ pub fn bias(ty: GgmlType, x: &Activation) -> Vec<i32> {
 }
 
 /// `y[m][row] = Σ w[row][k] · x[m][k]` for the rows of one or two strips, whose bytes lie one after the other. `y` has
-/// `x.rows` rows of 16 or 32 values; `bias` is [`bias`]'s.
+/// `x.rows` rows and a column for each row of the strips; `bias` is [`bias`]'s.
 ///
 /// # Panics
 /// If the sizes do not fit, or the type has no strips.
-pub fn product(backend: Backend, ty: GgmlType, strips: &[u8], x: &Activation, bias: &[i32], y: &mut [f32]) {
+pub fn product(backend: Backend, ty: GgmlType, strips: &[u8], x: &Activation, bias: &[i32], y: &mut Columns) {
     with_format!(ty, F => product_of::<F>(backend, strips, x, bias, y), _ => panic!("{ty} has no strips"))
 }
 
@@ -86,13 +87,14 @@ fn usable(backend: Backend) -> Backend {
     }
 }
 
-fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: &[i32], y: &mut [f32]) {
+fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: &[i32], y: &mut Columns) {
     let backend = usable(backend);
     let blocks = x.cols / F::LEN;
     let bytes = F::strip_bytes(blocks);
     let count = strips.len() / bytes.max(1);
     assert!(x.block == F::LEN && x.cols == blocks * F::LEN && x.quants.len() == x.rows * x.cols);
-    assert!((1..=STRIPS).contains(&count) && strips.len() == count * bytes && y.len() == x.rows * count * ROWS);
+    assert!((1..=STRIPS).contains(&count) && strips.len() == count * bytes);
+    assert!(y.rows() == x.rows && y.cols() == count * ROWS);
     assert!(bias.len() == if F::ZERO == 0 { 0 } else { x.quants.len() / F::GROUP });
     let strips: Vec<Strip> = strips
         .chunks_exact(bytes)
@@ -108,7 +110,7 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         return;
     }
     if x.rows == 1 && backend != Backend::Scalar {
-        for (index, y) in y.chunks_exact_mut(ROWS).enumerate() {
+        for (index, y) in y.row(0).chunks_exact_mut(ROWS).enumerate() {
             match backend {
                 #[cfg(target_arch = "x86_64")]
                 Backend::Avx2 => avx2::row::<F>(&job, index, y),
@@ -119,7 +121,7 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
         }
         return;
     }
-    y.fill(0.0);
+    let mut sums = vec![0.0; x.rows * count * ROWS];
     let mut panel = Panel([0; STRIPS * PANEL]);
     let step = STEP / F::LEN;
     for first_row in (0..x.rows).step_by(ROW_BLOCK) {
@@ -134,7 +136,7 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
                     unpack::<F>(backend, &strip.quants[block * F::QUANTS..][..F::QUANTS], panel);
                 }
             }
-            let y = &mut y[rows.start * count * ROWS..rows.end * count * ROWS];
+            let y = &mut sums[rows.start * count * ROWS..rows.end * count * ROWS];
             match backend {
                 #[cfg(target_arch = "x86_64")]
                 Backend::Avx2 => avx2::rows::<F>(&job, &panel, rows.clone(), chunk, y),
@@ -143,6 +145,9 @@ fn product_of<F: Format>(backend: Backend, strips: &[u8], x: &Activation, bias: 
                 _ => scalar::<F>(&job, &panel, rows.clone(), chunk, y),
             }
         }
+    }
+    for (row, sums) in sums.chunks_exact(count * ROWS).enumerate() {
+        y.row(row).copy_from_slice(sums);
     }
 }
 
