@@ -88,9 +88,15 @@ fn pack_quants<F: Format>(parts: &Parts, r: usize, out: &mut [u8]) {
         let put = |plane: &mut [u8], values: u32, bits: u32| {
             let per = 8 / bits as usize;
             let place = g / per * 4 * ROWS + 4 * r;
-            for (out, value) in plane[place..place + 4].iter_mut().zip(values.to_le_bytes()) {
-                *out |= value << (bits as usize * (g % per));
+            let out = &mut plane[place..place + 4];
+            if per == 1 {
+                // Byte by byte, which is faster here (measured).
+                out.iter_mut().zip(values.to_le_bytes()).for_each(|(out, value)| *out |= value);
+                return;
             }
+            // No byte's bits reach the next.
+            let before = u32::from_le_bytes([out[0], out[1], out[2], out[3]]);
+            out.copy_from_slice(&(before | values << (bits as usize * (g % per))).to_le_bytes());
         };
         let mask = u32::from_le_bytes([(255 >> (8 - F::LOW)) as u8; 4]);
         put(low, quants & mask, F::LOW);
