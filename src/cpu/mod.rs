@@ -2,7 +2,8 @@
 //!
 //! A backend turns rANS words into the class plane, joins a plane of BF16 classes with raw bits and escapes, and multiplies
 //! BF16 weights ([`dot`]) and INT8 ones ([`int8`]) in registers. The other kinds share loops over bytes, compiled once more
-//! for the backend's vector units. All `unsafe` of this layer is in the backend files, behind one safe door each.
+//! for the backend's vector units. All `unsafe` of this layer is in the backend files, behind one safe
+//! door each, and in [`zeros`], which hands out parts of a result to the threads that fill them.
 
 use std::sync::OnceLock;
 

@@ -3,57 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-/// A part of a vector that does not hold zeros yet.
-pub(crate) struct Part<'a> {
-    values: &'a mut [MaybeUninit<f32>],
-    zeroed: &'a AtomicUsize,
-}
-
-impl<'a> Part<'a> {
-    /// The part, as zeros.
-    pub fn zeros(self) -> &'a mut [f32] {
-        for value in self.values.iter_mut() {
-            value.write(0.0);
-        }
-        self.zeroed.fetch_add(self.values.len(), Ordering::AcqRel);
-        // SAFETY: all values were written above, and have the layout of `f32`.
-        unsafe { &mut *(std::ptr::from_mut(self.values) as *mut [f32]) }
-    }
-}
-
-/// The sizes of `len` values' parts of `size` but the last.
-pub(crate) fn sizes(len: usize, size: usize) -> impl Iterator<Item = usize> + Clone {
-    (0..len).step_by(size.max(1)).map(move |at| size.min(len - at))
-}
-
-/// A vector of parts of these sizes, all of which `fill` must make and may fill.
-///
-/// # Errors
-/// Those of `fill`.
-pub(crate) fn zeros<E>(
-    sizes: impl Iterator<Item = usize> + Clone,
-    fill: impl FnOnce(Vec<Part>) -> Result<(), E>,
-) -> Result<Vec<f32>, E> {
-    let len = sizes.clone().sum();
-    let mut values: Vec<f32> = Vec::with_capacity(len);
-    let zeroed = AtomicUsize::new(0);
-    let mut rest = &mut values.spare_capacity_mut()[..len];
-    let mut parts = Vec::new();
-    for size in sizes {
-        let (values, after) = rest.split_at_mut(size);
-        parts.push(Part { values, zeroed: &zeroed });
-        rest = after;
-    }
-    fill(parts)?;
-    // A part is counted once, as making it takes it away.
-    assert_eq!(zeroed.into_inner(), len, "parts were left out");
-    // SAFETY: the capacity is there, and the parts, which are all values, were written.
-    unsafe { values.set_len(len) };
-    Ok(values)
-}
 
 /// Some columns of a row-major matrix, for one thread to write while others write other columns.
 pub struct Columns<'a> {
@@ -102,9 +52,6 @@ pub(crate) struct Unmade<'a> {
     zeroed: Option<&'a AtomicUsize>,
 }
 
-/// Rows up to which one thread zeroes all columns: counting them would take longer.
-const FEW_ROWS: usize = 7;
-
 impl<'a> Unmade<'a> {
     /// The columns, as zeros.
     pub fn zeros(self) -> Columns<'a> {
@@ -119,6 +66,83 @@ impl<'a> Unmade<'a> {
     }
 }
 
+/// A part of a vector that does not hold zeros yet.
+pub(crate) struct Part<'a>(Unmade<'a>);
+
+impl<'a> Part<'a> {
+    /// The part, as zeros.
+    pub fn zeros(self) -> &'a mut [f32] {
+        let columns = self.0.zeros();
+        // SAFETY: a part is one row, which holds numbers now and which nothing else has.
+        unsafe { std::slice::from_raw_parts_mut(columns.first, columns.cols) }
+    }
+}
+
+/// Where columns lie in a vector: rows of `cols` values from `at` on, `stride` apart.
+struct Place {
+    at: usize,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+}
+
+/// A vector of `len` values, in places that `fill` must make. `counted`: by whoever takes them, else all at once before.
+///
+/// # Safety
+/// Each of the values is in one of the places, and in no other.
+unsafe fn made<E>(
+    what: &str,
+    len: usize,
+    places: impl Iterator<Item = Place>,
+    counted: bool,
+    fill: impl FnOnce(Vec<Unmade>) -> Result<(), E>,
+) -> Result<Vec<f32>, E> {
+    let mut values: Vec<f32> = Vec::with_capacity(len);
+    let spare = &mut values.spare_capacity_mut()[..len];
+    if !counted {
+        for value in spare.iter_mut() {
+            value.write(0.0);
+        }
+    }
+    let (start, zeroed) = (spare.as_mut_ptr().cast::<f32>(), AtomicUsize::new(0));
+    let parts = places.map(|Place { at, stride, rows, cols }| Unmade {
+        columns: Columns { first: start.wrapping_add(at), stride, rows, cols, matrix: PhantomData },
+        zeroed: counted.then_some(&zeroed),
+    });
+    fill(parts.collect())?;
+    // A place is counted once, as making it takes it away.
+    assert!(!counted || zeroed.into_inner() == len, "{what} were left out");
+    // SAFETY: the capacity is there, and all values were written: before, or with the places that have them.
+    unsafe { values.set_len(len) };
+    Ok(values)
+}
+
+/// The sizes of `len` values' parts of `size` but the last.
+pub(crate) fn sizes(len: usize, size: usize) -> impl Iterator<Item = usize> {
+    (0..len).step_by(size.max(1)).map(move |at| size.min(len - at))
+}
+
+/// A vector of parts of these sizes, all of which `fill` must make and may fill.
+///
+/// # Errors
+/// Those of `fill`.
+pub(crate) fn zeros<E>(
+    sizes: impl Iterator<Item = usize>,
+    fill: impl FnOnce(Vec<Part>) -> Result<(), E>,
+) -> Result<Vec<f32>, E> {
+    let sizes: Vec<usize> = sizes.collect();
+    let places = sizes.iter().scan(0, |end, &cols| {
+        *end += cols;
+        Some(Place { at: *end - cols, stride: cols, rows: 1, cols })
+    });
+    let fill = |parts: Vec<Unmade>| fill(parts.into_iter().map(Part).collect());
+    // SAFETY: one part begins where the one before ends.
+    unsafe { made("parts", sizes.iter().sum(), places, true, fill) }
+}
+
+/// Rows up to which one thread zeroes all columns: counting them would take longer.
+const FEW_ROWS: usize = 7;
+
 /// Row-major matrices of `rows` rows and so many columns each, one after the other, in parts of `size` columns but the last of
 /// each, all of which `fill` must make and may write to.
 ///
@@ -126,38 +150,21 @@ impl<'a> Unmade<'a> {
 /// Those of `fill`.
 pub(crate) fn zeros_by_columns<E>(
     rows: usize,
-    cols: impl Iterator<Item = usize> + Clone,
+    cols: impl Iterator<Item = usize>,
     size: usize,
     fill: impl FnOnce(Vec<Unmade>) -> Result<(), E>,
 ) -> Result<Vec<f32>, E> {
-    let len = rows * cols.clone().sum::<usize>();
-    let mut values: Vec<f32> = Vec::with_capacity(len);
-    let mut rest = &mut values.spare_capacity_mut()[..len];
-    let zeroed = AtomicUsize::new(0);
-    let counter = (rows > FEW_ROWS).then_some(&zeroed);
-    if counter.is_none() {
-        for value in rest.iter_mut() {
-            value.write(0.0);
-        }
-        zeroed.store(len, Ordering::Release);
-    }
-    let mut parts = Vec::new();
-    for stride in cols {
-        let (matrix, after) = rest.split_at_mut(rows * stride);
-        rest = after;
-        // From here on only these columns lead to the matrix.
-        let matrix = matrix.as_mut_ptr().cast::<f32>();
-        parts.extend((0..stride).step_by(size.max(1)).map(|at| {
-            let (first, cols) = (matrix.wrapping_add(at), size.min(stride - at));
-            Unmade { columns: Columns { first, stride, rows, cols, matrix: PhantomData }, zeroed: counter }
-        }));
-    }
-    fill(parts)?;
-    // Columns are counted once, as making them takes them away.
-    assert_eq!(zeroed.into_inner(), len, "columns were left out");
-    // SAFETY: the capacity is there, and the columns, which are all values, were written.
-    unsafe { values.set_len(len) };
-    Ok(values)
+    let widths: Vec<usize> = cols.collect();
+    let matrices = widths.iter().scan(0, |end, &stride| {
+        *end += rows * stride;
+        Some((*end - rows * stride, stride))
+    });
+    let places = matrices.flat_map(|(at, stride)| {
+        let columns = (0..stride).step_by(size.max(1));
+        columns.map(move |col| Place { at: at + col, stride, rows, cols: size.min(stride - col) })
+    });
+    // SAFETY: one matrix begins where the one before ends, and its places begin where those before in its rows end.
+    unsafe { made("columns", rows * widths.iter().sum::<usize>(), places, rows > FEW_ROWS, fill) }
 }
 
 #[cfg(test)]

@@ -341,8 +341,7 @@ pub fn kquant_matmul_each(
     executor: &impl Executor,
 ) -> Result<Vec<f32>> {
     matrices.iter().try_for_each(|matrix| matrix.expect(x.len(), m))?;
-    let len = m * matrices.iter().map(|matrix| matrix.rows).sum::<usize>();
-    let Some(first) = matrices.first().filter(|_| m > 0) else { return Ok(vec![0.0; len]) };
+    let Some(first) = matrices.first().filter(|_| m > 0) else { return Ok(Vec::new()) };
     let mut blocks: Vec<usize> = matrices.iter().filter_map(|matrix| matrix.activation_block()).collect();
     blocks.sort_unstable();
     blocks.dedup();

@@ -26,8 +26,8 @@ pub struct Int4Tensors<'a> {
 impl KQuantLinear {
     /// Takes a weight of 4-bit integers in groups of 128 inputs (or a multiple of that, as `group_size` -1 gives), symmetric or
     /// not, as an AWQ or GPTQ checkpoint has it, to `device`; the bias is there already. The layer computes with 16-bit
-    /// activations as they are (W4A16); [`KQuantLinear::with_fp8`] lets it round those of many rows. A GPU keeps 4.19 bits a weight, and has kernels for it; the CPU keeps 4.25 and
-    /// dequantises some rows at a time, which is right but slow.
+    /// activations as they are (W4A16); [`KQuantLinear::with_fp8`] lets it round those of many rows. A GPU keeps 4.19 bits a
+    /// weight, and has kernels for it; the CPU keeps 4.25 and dequantises some rows at a time, which is right but slow.
     ///
     /// # Errors
     /// If a tensor has another shape or dtype than [`Int4Tensors`] says, `out` is no multiple of 8, groups have other sizes, or

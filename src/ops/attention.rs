@@ -77,7 +77,7 @@ impl CustomOp3 for Rope {
             }
             Ok(())
         };
-        let y = zeros(std::iter::repeat_n(tokens * size, batch * heads), |parts| {
+        let y = zeros(sizes(batch * heads * tokens * size, tokens * size), |parts| {
             if tokens == 1 {
                 // Not worth waking other threads.
                 return parts.into_iter().enumerate().try_for_each(|(head, y)| turn(head, y));
@@ -178,7 +178,7 @@ impl CustomOp3 for Causal {
             return Ok((CpuStorage::F32(y), shape));
         }
         // Heads side by side, as the next product takes them.
-        let out = zeros(std::iter::repeat_n(heads * size, batch * rows), |lines| {
+        let out = zeros(sizes(y.len(), heads * size), |lines| {
             run_parts(&PoolExecutor, lines, |line, out| {
                 let (b, row) = (line / rows, line % rows);
                 for (head, out) in out.zeros().chunks_exact_mut(size).enumerate() {
@@ -240,6 +240,14 @@ mod tests {
     use candle_core::{D, DType, Device};
 
     use super::*;
+
+    #[test]
+    fn no_tokens_are_rotated_to_none() {
+        let none = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let x = none(&[1, 0, 4, 8][..]).transpose(1, 2).unwrap();
+        let angles = none(&[0, 4][..]);
+        assert_eq!(rope(&x, &angles, &angles).unwrap().dims(), [1, 4, 0, 8]);
+    }
 
     #[test]
     fn attention_is_that_of_candle_s_operations() {
