@@ -34,6 +34,17 @@ __device__ __forceinline__ void store_value(void* p, size_t i, int type, float v
     ((uint16_t*)p)[i] = (uint16_t)(type == F16 ? float_to_half(v) : float_to_bf16(v));
 }
 
+// Eight activations, two in a word; those past the end are zero.
+__device__ __forceinline__ uint4 load_eight(const void* x, int k, int cols, bool aligned) {
+  const uint16_t* const from = (const uint16_t*)x + k;
+  if (aligned && k + 8 <= cols) return *(const uint4*)from;
+  uint32_t w[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (k + i < cols) w[i / 2] |= (uint32_t)from[i] << 16 * (i & 1);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
 // The general way: any type, any alignment, columns past the end. Rarely on the critical path, so it stays out of line.
 template <int THREADS>
 __device__ __noinline__ void split_activations(uint32_t dst, int stride, const void* x, int type, int x_stride,

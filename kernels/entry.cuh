@@ -10,7 +10,7 @@ namespace taper {
 template <class L, int NB>
 __device__ __forceinline__ void small_product(const Product& p) {
   if constexpr (L::GROUP >= 16)
-    group_product<L, NB, false, teams<L>()>(p);
+    group_product<L, NB, teams<L>()>(p);
   else
     narrow_product<L, NB>(p);
 }

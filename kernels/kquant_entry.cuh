@@ -2,11 +2,33 @@
 #pragma once
 #include "entry.cuh"
 #include "kquant_decode.cuh"
+#include "kquant_few.cuh"
 #include "kquant_formats.cuh"
+#include "kquant_single.cuh"
 #include "kquant_warpgroup.cuh"
 
-// What all of them have.
+// What all of them have: besides the products by columns of activations (entry.cuh) those by rows of bf16 or f16, for
+// one and, on compute capability 9.0, for up to 8 and 16.
 #define BLOCK_LAYOUT(NAME, L)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_8(const __grid_constant__ Product p) {         \
+    few_product<L, 1>(p);                                                                                              \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_joined_few_8(const __grid_constant__ Products p) { \
+    const Product mine = p.mine();                                                                                     \
+    few_product<L, 1>(mine);                                                                                           \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_16(const __grid_constant__ Product p) {        \
+    few_product<L, 2>(p);                                                                                              \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
+      NAME##_product_1(const __grid_constant__ Product p) {                                                            \
+    single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(p);                                                  \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
+      NAME##_joined_1(const __grid_constant__ Products p) {                                                            \
+    const Product mine = p.mine();                                                                                     \
+    single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(mine);                                               \
+  }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                    \
       NAME##_repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights, uint32_t* not_finite) {               \
     repack_stage<L>(blocks, rows, cols, weights, not_finite);                                                          \
@@ -33,19 +55,10 @@
     PRODUCT<L, 8>(p);                                               \
   }
 
-// Groups of 16 or 32: also a product for one column, and the power of two for each row that warpgroups need.
+// Groups of 16 or 32: also the power of two for each row that warpgroups need.
 #define KQUANT_LAYOUT(NAME, L)                                                                                      \
   BLOCK_LAYOUT(NAME, L)                                                                                             \
   WARPGROUP_PRODUCTS(NAME, L, group_warpgroup_product)                                                              \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                               \
-      NAME##_product_1(const __grid_constant__ Product p) {                                                         \
-    group_product<L, 1, true, teams<L>()>(p);                                                                       \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                               \
-      NAME##_joined_1(const __grid_constant__ Products p) {                                                         \
-    const Product mine = p.mine();                                                                                  \
-    group_product<L, 1, true, teams<L>()>(mine);                                                                    \
-  }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
     group_row_scales<L>(blocks, cols, out);                                                                         \
   }

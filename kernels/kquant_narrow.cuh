@@ -10,7 +10,6 @@
 //
 // Launch       as product.cuh, with block product_block<L>() and dynamic shared memory product_shared_bytes(.., TEAMS);
 //              slots as many as fit from 3 to 16, keep tiles_kept(columns, TEAMS); `overflow` is what repack_stage set
-//              _1          for one column
 #pragma once
 #include <type_traits>
 
@@ -19,8 +18,7 @@
 
 namespace taper {
 
-// SINGLE: one column of activations, for layouts with groups (see multiply_single).
-template <class L, int NB, bool SINGLE, int TEAMS>
+template <class L, int NB, int TEAMS>
 __device__ __forceinline__ void group_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int THREADS = CONSUMER_THREADS * TEAMS;
@@ -45,7 +43,6 @@ __device__ __forceinline__ void group_product(const Product& p) {
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
   load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
                             tid);
-  if (SINGLE && tid < 16) sts32(xs + stride - 64 + 4 * tid, 0);
   async_commit();
   ring.slot = team;
   ring.start(p, part, warp, lane);
@@ -61,14 +58,13 @@ __device__ __forceinline__ void group_product(const Product& p) {
 
   // Columns past the last repeat it: their products are computed and dropped.
   uint32_t x_row[NB];
-  uint32_t entry[NB];  // SINGLE: of all lanes but column 0's nothing
+  uint32_t entry[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) {
     const int column = min(8 * nb + g, columns - 1);
     x_row[nb] = xs + column * stride + t * lane_bytes<L>() + warp * (UNIT_COLS * 2);
     entry[nb] = table + (warp * columns + column) * group_sums_bytes<L>();
   }
-  const uint32_t zeros = xs + stride - 64;  // SINGLE: what lies between rows of x
   const int next_entries = L::UNITS * columns * group_sums_bytes<L>();
   // Stages in which the warp has a unit.
   const int own_stages = ceil_div(part.shape.units - part.stage0 * L::UNITS - warp, L::UNITS);
@@ -97,39 +93,26 @@ __device__ __forceinline__ void group_product(const Product& p) {
       for (int s = 0; s < part.stages; s++, at += L::UNITS * (UNIT_COLS * 2), to_entry += next_entries) {
         const bool own = s < own_stages;
         uint4 x[4];
-        if (NB == 1 && !SINGLE && own) {  // before the wait: these are here already
+        if (NB == 1 && own) {  // before the wait: these are here already
 #pragma unroll
           for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
         }
         const auto fragment = [&](int j, int nb) {
-          return NB == 1 && !SINGLE ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
+          return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
         };
         ring.wait();
         const uint32_t unit_at = ring.unit(warp, warp),
                        trailer = ring.trailer(warp, part.shape.units_of(part.stage0 + s));
         if constexpr (EXACT) {
           if (own) multiply_exactly<L, NB>(unit_at, trailer, warp, lane, c, fragment);
-          if (SINGLE) c[0][1] = c[0][3] = 0;
-          if (SINGLE && t) c[0][0] = c[0][2] = 0;
           ring.done(p, part, warp, lane, step);
         } else {
           GroupUnit<L> unit;
           if (own) unit.load(unit_at, trailer, warp, lane);
           ring.done(p, part, warp, lane, step);
           if (!own) continue;
-          if constexpr (SINGLE)
-            multiply_single<L>(
-                unit, constants, c, [&](int j) { return single_fragment<L>(x_row[0] + at, zeros, j, g); },
-                [&] { return lds_sums<L>(g ? zeros : entry[0] + to_entry, g ? 0 : t); });
-          else
-            multiply<L, NB>(unit, constants, c, fragment, [&](int nb) { return lds_sums<L>(entry[nb] + to_entry, t); });
+          multiply<L, NB>(unit, constants, c, fragment, [&](int nb) { return lds_sums<L>(entry[nb] + to_entry, t); });
         }
-      }
-      if constexpr (SINGLE) {  // all columns are one
-        c[0][0] += c[0][1], c[0][2] += c[0][3];
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-          for (int d = 1; d < 4; d *= 2) c[0][i] += __shfl_xor_sync(~0u, c[0][i], d);
       }
       // sums[kept][warp][column][row], of each team
       const uint32_t mine = sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4;

@@ -9,11 +9,12 @@
 // instead, as activations.cuh has them: infinities and NaN are then those of the exact product. Activations are looked
 // at when their groups are summed; of weights `overflow` says it, which repack_stage sets.
 //
-// Budget   warp-instructions for a unit of 2048 weights, Q4_K (SASS of sm_90a, loop and waits included): 185 for one
-//          column, 188 for up to 8 (2.9 thread-instructions a weight), of them 60 for codes, 30 for scales, 15 for what
-//          is subtracted, 12 products, 24 to scale; 232 for 16 columns; integers of 4 bits in groups of 128: 134 and
-//          165. At 4.5 bits and 3 TB/s there are 360 for each scheduler, and half of these go to a pipe that takes one
-//          in two cycles: 16 warps hide what each waits for.
+// Budget   warp-instructions for a unit of 2048 weights, Q4_K (SASS of sm_90a, loop and waits included): 188 for up to
+//          8 columns (2.9 thread-instructions a weight), of them 60 for codes, 30 for scales, 15 for what is
+//          subtracted, 12 products, 24 to scale; 232 for 16 columns; integers of 4 bits in groups of 128: 134 and 165.
+//          At 4.5 bits and 3 TB/s there are 360 for each scheduler, and half of these go to a pipe that takes one in
+//          two cycles: 16 warps hide what each waits for. One row of bf16 or f16, and a few on compute capability 9.0,
+//          have kernels that take fewer: kquant_single.cuh and kquant_few.cuh.
 #pragma once
 #include "kquant.cuh"
 #include "ring.cuh"
@@ -141,6 +142,18 @@ struct GroupUnit {
 #pragma unroll
     for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
     scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
+  }
+  // Without the factors of rows.
+  __device__ __forceinline__ void load(uint32_t at, int lane, int g) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
+    scales.load_groups(at + L::C::BYTES, g);
+  }
+  // Of the scales only those of the lane's own groups, and without the factors of rows (Scales::lane in kquant.cuh).
+  __device__ __forceinline__ void load_lane(uint32_t at, int lane, int g) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
+    scales.load_lane(at + L::C::BYTES, g, lane & 3);
   }
 };
 
@@ -270,28 +283,6 @@ __device__ __forceinline__ void multiply(const GroupUnit<L>& unit, const Constan
     multiply_integers<L, NB>(unit, k, c, x, sums);
   else
     multiply_groups<L, NB>(unit, k, c, x, sums);
-}
-
-// The same for one column of activations, whose groups become columns of B: x(j) is zero but in the lanes of column j,
-// or with groups of 16 of columns 2j (x, y) and 2j + 1 (z, w). So all groups of the unit share their products' sums,
-// and each lane scales two of them only. `sums` are zero but in the lanes of column 0. What the columns of c hold is to
-// be added.
-template <class L, class X, class Sums>
-__device__ __forceinline__ void multiply_single(const GroupUnit<L>& unit, const Constants& k, float (&c)[1][4], X x,
-                                                Sums sums) {
-  float d[2][4] = {}, sum[1][4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    uint32_t a[8];
-    L::C::expand(unit.raw[j], k.two_128, a);
-    const uint4 b = x(j);
-    mma(d[0], a[0], a[1], a[2], a[3], b.x, b.y);
-    mma(d[1], a[4], a[5], a[6], a[7], b.z, b.w);
-  }
-  const int t = k.rows & 3;
-#pragma unroll
-  for (int i = 0; i < 4; i++) sum[0][i] = unit.scales.scale(t >= 2, k.single[i & 1], i >> 1, k) * (d[0][i] + d[1][i]);
-  finish_groups<L, 1>(unit.scales, k, c, sum, [&](int) { return sums(); });
 }
 
 }  // namespace taper

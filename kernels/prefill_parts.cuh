@@ -84,14 +84,6 @@ __device__ __forceinline__ void arrange(const Arrange& p) {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // ---- PTX that only this kernel needs ----
-template <int REGISTERS>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int REGISTERS>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
 // Nought, of which the compiler does not know: what is added to it is computed where it is used, not kept.
 __device__ __forceinline__ uint32_t nothing() {
   uint32_t v;

@@ -75,6 +75,24 @@ __device__ __forceinline__ void mma_half(float (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(b));
 }
 
+// D (16 x 8) += A (16 x 32, rows, unsigned bytes) * B (32 x 8, columns, signed bytes), integers.
+__device__ __forceinline__ void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four B fragments' registers: lane i names the 16 bytes of column i % 8 for register i / 8; lane 4 g + t gets word t
+// of column g.
+__device__ __forceinline__ uint4 lds_matrices(uint32_t a) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(a)
+               : "memory");
+  return v;
+}
+
 // v in a register for good. ptxas would rather compute a constant of the lane again, wherever it is used; through a
 // shuffle it cannot see.
 __device__ __forceinline__ uint32_t keep(uint32_t v) {
@@ -171,5 +189,17 @@ __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// ---- registers of each thread of a warpgroup: more, from those that others have given back ----
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+#endif
 
 }  // namespace taper

@@ -99,14 +99,6 @@ __device__ __forceinline__ uint4 lds_fragment(uint32_t at) {
   const uint2 low = lds64(at), high = lds64(at + 32);
   return make_uint4(low.x, low.y, high.x, high.y);
 }
-// One column's fragment with groups as columns (multiply_single), from the address of the unit's first: zeros where
-// vector j is not of column g's group.
-template <class L>
-__device__ __forceinline__ uint4 single_fragment(uint32_t at, uint32_t zeros, int j, int g) {
-  if constexpr (L::GROUP != 16) return lds128(g == j ? at + j * 64 : zeros);
-  const uint2 low = lds64(g == 2 * j ? at + j * 64 : zeros), high = lds64(g == 2 * j + 1 ? at + j * 64 + 32 : zeros);
-  return make_uint4(low.x, low.y, high.x, high.y);
-}
 // b[j] where j is not known at compile time in one place, and the array stays in registers for that.
 __device__ __forceinline__ uint4 pick(int j, const uint4& b0, const uint4& b1, const uint4& b2, const uint4& b3) {
   return j < 2 ? j == 0 ? b0 : b1 : j == 2 ? b2 : b3;
@@ -130,7 +122,7 @@ struct Part {
 
 // ---- the ring of stages ----
 #if __CUDA_ARCH__ >= 900
-template <class L, int TEAMS = 1>
+template <class L, int TEAMS = 1, int WARPS = CONSUMERS>
 struct Ring {
   uint32_t base, full, empty, slot = 0, phase = 0;
   int slots;
@@ -138,7 +130,7 @@ struct Ring {
       : base(base_), full(bars), empty(bars + 8 * MAX_SLOTS), slots(p.slots) {}
   __device__ void init(int tid) {
     if (tid == 0) {
-      for (int s = 0; s < slots; s++) mbarrier_init(full + 8 * s, 1), mbarrier_init(empty + 8 * s, CONSUMERS);
+      for (int s = 0; s < slots; s++) mbarrier_init(full + 8 * s, 1), mbarrier_init(empty + 8 * s, WARPS);
       mbarrier_init_fence();
     }
   }
@@ -185,7 +177,7 @@ struct Ring {
   __device__ uint32_t trailer(int, int units) const { return base + slot * slot_bytes<L>() + units * L::UNIT_BYTES; }
 };
 #else
-template <class L, int TEAMS = 1>
+template <class L, int TEAMS = 1, int = CONSUMERS>
 struct Ring {  // three slots; each warp copies and waits for its own units only
   uint32_t base, slot = 0;
   int tile = 0, stage = 0, fill = 0;

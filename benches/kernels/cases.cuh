@@ -51,6 +51,11 @@ inline std::vector<Case> odd_cases(bool pair) {
       cases.push_back({70, 5000, kind, pair ? std::vector<int>{1, 4, 8} : std::vector<int>{1, 4, 64}, type, true, 1, 1,
                        true, 48, false});
     }
+  // Activations that do not lie well in the range of f16.
+  for (const Type type : {BF16, F16, F32})
+    for (const float scale : {1e-5f, 1e4f})
+      cases.push_back({100, 1000, NORMAL, pair ? std::vector<int>{1, 7} : std::vector<int>{1, 2, 7, 16}, type, false, 0,
+                       0, true, 48, false, scale});
   return cases;
 }
 

@@ -28,6 +28,7 @@ struct Case {
   bool bias = true;
   int block_rows = 512;
   bool verbose = true;
+  float x_scale = 1;
 };
 
 // The matrix of a case; `exact` and `rounded`: what its scaled integers stand for.
@@ -128,7 +129,7 @@ class Checker {
     const Buffer<uint8_t> x_memory((x_count + 8) * bytes_of(c_.x_type)), bias((size_t)c_.rows * bytes_of(y_type));
     const Buffer<double> wanted(outputs), magnitudes(outputs);
     uint8_t* const x = x_memory.get() + (c_.x_padding ? bytes_of(c_.x_type) : 0);  // padded: not aligned either
-    make_activations<<<blocks_for(x_count), 256>>>(x, x_count, c_.x_type, c_.special_x, 5 + batch);
+    make_activations<<<blocks_for(x_count), 256>>>(x, x_count, c_.x_type, c_.special_x, 5 + batch, c_.x_scale);
     make_activations<<<blocks_for(c_.rows), 256>>>(bias.get(), c_.rows, y_type, false, 9);
     const void* added = c_.bias ? bias.get() : nullptr;
     reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), spread_.get(), x, c_.x_type, x_stride, added,

@@ -115,11 +115,11 @@ __global__ void make_scales(float* scales, size_t count, uint64_t seed) {
   if (i < count) scales[i] = 0.001f * (1 + uniform(seed + i));
 }
 
-// Normal values of the type, a thread each. `special`: some infinities, NaN and zeros.
-__global__ void make_activations(void* x, size_t count, Type type, bool special, uint64_t seed) {
+// Normal values of the type, times `scale`, a thread each. `special`: some infinities, NaN and zeros.
+__global__ void make_activations(void* x, size_t count, Type type, bool special, uint64_t seed, float scale = 1) {
   const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
   if (i >= count) return;
-  float v = normal(seed, i);
+  float v = normal(seed, i) * scale;
   const uint32_t h = hash(i * 77 + seed);
   if (special) {
     if (h % 3001 == 0) v = INFINITY;

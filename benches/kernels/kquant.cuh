@@ -93,18 +93,18 @@ __global__ void dequantize(const uint8_t* blocks, float* exact, uint16_t* rounde
 
 template <class L>
 struct KQuantKernels;
-#define BLOCK_KERNELS(LAYOUT, L, ROW_SCALES, SINGLE)                                                 \
-  template <>                                                                                        \
-  struct KQuantKernels<L> {                                                                          \
-    static constexpr const char* NAME = #LAYOUT;                                                     \
-    static constexpr auto repack = LAYOUT##_repack;                                                  \
-    static constexpr void (*row_scales)(const uint8_t*, int, float*) = ROW_SCALES;                   \
-    static constexpr auto decode = LAYOUT##_decode;                                                  \
-    static Products products() {                                                                     \
-      return {(void*)LAYOUT##_product_8,   (void*)LAYOUT##_product_16,   (void*)LAYOUT##_product_32, \
-              (void*)LAYOUT##_product_64,  (void*)LAYOUT##_warpgroup_64, (void*)SINGLE,              \
-              (void*)LAYOUT##_warpgroup_32};                                                         \
-    }                                                                                                \
+#define BLOCK_KERNELS(LAYOUT, L, ROW_SCALES, SINGLE)                                                  \
+  template <>                                                                                         \
+  struct KQuantKernels<L> {                                                                           \
+    static constexpr const char* NAME = #LAYOUT;                                                      \
+    static constexpr auto repack = LAYOUT##_repack;                                                   \
+    static constexpr void (*row_scales)(const uint8_t*, int, float*) = ROW_SCALES;                    \
+    static constexpr auto decode = LAYOUT##_decode;                                                   \
+    static Products products() {                                                                      \
+      return {(void*)LAYOUT##_product_8,    (void*)LAYOUT##_product_16,   (void*)LAYOUT##_product_32, \
+              (void*)LAYOUT##_product_64,   (void*)LAYOUT##_warpgroup_64, (void*)SINGLE,              \
+              (void*)LAYOUT##_warpgroup_32, (void*)LAYOUT##_few_8,        (void*)LAYOUT##_few_16};    \
+    }                                                                                                 \
   };
 #define KQUANT_KERNELS(LAYOUT, L) BLOCK_KERNELS(LAYOUT, L, LAYOUT##_row_scales, LAYOUT##_product_1)
 KQUANT_KERNELS(q4_k, LayoutQ4K)
@@ -117,7 +117,7 @@ KQUANT_KERNELS(q4_0, LayoutQ40)
 KQUANT_KERNELS(q4_1, LayoutQ41)
 KQUANT_KERNELS(q5_0, LayoutQ50)
 KQUANT_KERNELS(q5_1, LayoutQ51)
-BLOCK_KERNELS(int4_g128, LayoutInt4G128, nullptr, nullptr)
+BLOCK_KERNELS(int4_g128, LayoutInt4G128, nullptr, int4_g128_product_1)
 
 template <class L>
 class KQuantMatrix {
@@ -131,7 +131,8 @@ class KQuantMatrix {
 
   static void prepare(const Device& device) {
     const Products p = KQuantKernels<L>::products();
-    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.single, p.warpgroup, p.warpgroup_32});
+    allow_shared_memory(device,
+                        {p.to_8, p.to_16, p.to_32, p.to_64, p.single, p.warpgroup, p.warpgroup_32, p.few_8, p.few_16});
   }
   static bool has_warpgroups(const Device& device, int columns) {
     return columns > 16 && device.warpgroups && KQuantKernels<L>::products().warpgroup;

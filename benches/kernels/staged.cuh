@@ -9,10 +9,11 @@ namespace bench {
 using namespace taper;
 
 struct Products {
-  const void *to_8, *to_16, *to_32, *to_64;  // by columns of activations
-  const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
-  const void* single = nullptr;              // one column, where the layout has it
-  const void* warpgroup_32 = nullptr;        // 17 to 32 columns likewise
+  const void *to_8, *to_16, *to_32, *to_64;        // by columns of activations
+  const void* warpgroup;                           // 33 to 64 columns on Hopper, where the layout has it
+  const void* single = nullptr;                    // one column, where the layout has it
+  const void* warpgroup_32 = nullptr;              // 17 to 32 columns likewise
+  const void *few_8 = nullptr, *few_16 = nullptr;  // 2 to 16 rows likewise
 };
 
 // The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
@@ -82,19 +83,42 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   p.weights = weights, p.overflow = overflow, p.row_scale = dense.row_scales.get();
   p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
+  if constexpr (L::GROUP >= 16)
+    if (kernels.few_8 && !warpgroup && batch > 1 && batch <= 16 && x_type != F32 && hopper) {
+      p.keep = batch <= 8 ? 2 : 1;
+      const auto shared = [&](int slots) {
+        return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots, p.keep)
+                          : few_shared_bytes<L, 2>(dense.cols, slabs, slots, p.keep);
+      };
+      while (shared(4) > limit) slabs++;
+      while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
+      p.slots = 4;
+      while (p.slots < 16 && shared(p.slots + 1) <= limit) p.slots++;
+      p.in_flight = std::min(std::max(1, (36864 + STAGE / 2) / STAGE), p.slots);
+      launch.kernel = batch <= 8 ? kernels.few_8 : kernels.few_16, launch.block = FEW_BLOCK;
+      launch.shared_bytes = shared(p.slots);
+      launch.split(device, slabs, shape.tiles, columns);
+      return launch;
+    }
   if (columns <= 16) {
     const int teams = taper::teams<L>(hopper);
+    const bool single = batch == 1 && x_type != F32 && kernels.single;
     const auto shared = [&](int slots) {
+      if constexpr (L::GROUP >= 16)
+        if (single) return single_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
       return product_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
     };
     while (shared(3) > limit) slabs++;
     while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
-    const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
+    const int wanted = L::GROUP < 16 ? 49152
+                       : single      ? 55296
+                                     : 27648,
+              in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
               most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
-    p.slots = 3, p.keep = tiles_kept(columns, teams);
+    p.slots = 3, p.keep = tiles_kept(single ? 1 : columns, teams);
     while (p.slots < std::min(16, most) && shared(p.slots + 1) <= limit) p.slots++;
     p.in_flight = std::min(in_flight, p.slots);
-    launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
+    launch.kernel = single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
     launch.block = CONSUMER_THREADS * teams + 32, launch.shared_bytes = shared(p.slots);
   } else {
     slabs = shape.stages;

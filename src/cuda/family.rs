@@ -92,8 +92,8 @@ impl Family {
         matches!(self, Family::Blocks(_))
     }
 
-    /// Whether it is a block format whose groups are narrower than a unit: it has a kernel for a single column of
-    /// activations, and its warpgroup kernels round weights to F16, which takes a power of two for each row.
+    /// Whether it is a block format whose groups are narrower than a unit: its warpgroup kernels round weights to F16, which
+    /// takes a power of two for each row.
     pub fn groups(self) -> bool {
         self.blocks() && self != Family::Blocks(GgmlType::Int4G128)
     }
@@ -103,9 +103,8 @@ impl Family {
         Family::UNITS * unit + trailer
     }
 
-    /// The most stages that a block keeps on their way: some 48 KB, of block formats 27 KB. More is slower.
-    pub fn in_flight(self) -> usize {
-        let bytes = if self.blocks() { 27_648 } else { 49_152 };
+    /// Stages of `bytes`, to the nearest, and at least one.
+    pub fn stages_of(self, bytes: usize) -> usize {
         ((bytes + self.stage_bytes() / 2) / self.stage_bytes()).max(1)
     }
 
@@ -121,6 +120,23 @@ impl Family {
         }
     }
 
+    /// The same for a single row, in integers: `kernels/kquant_single.cuh`.
+    pub fn plane_sums_bytes(self) -> usize {
+        match self {
+            Family::Blocks(GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K) => 64,
+            _ => 32,
+        }
+    }
+
+    /// The same for each eight rows, in F16: `kernels/kquant_few.cuh`.
+    pub fn few_group_bytes(self) -> usize {
+        match self {
+            Family::Blocks(GgmlType::Int4G128) => 32,
+            Family::Blocks(GgmlType::Q2_K | GgmlType::Q3_K | GgmlType::Q6_K) => 256,
+            _ => 128,
+        }
+    }
+
     /// Units of a stage.
     pub const UNITS: usize = 8;
 }
@@ -132,11 +148,11 @@ pub(super) struct PackedKernels {
     pub decode: CudaFunction,
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
-    /// have two for compute capability 9.0 and up to 32 and 64 columns, and those with groups one for exactly one column;
-    /// `fixed` has one for compute capability 9.0 and 64 columns.
+    /// have two for compute capability 9.0 and up to 32 and 64 columns, one for a single row of BF16 or F16, and two for
+    /// compute capability 9.0 and up to 8 and 16 rows of these; `fixed` has one for compute capability 9.0 and 64 columns.
     pub products: Vec<(CudaFunction, usize)>,
     /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
-    /// that for exactly one where there is one.
+    /// those for a single row and for up to 8 where there are such.
     pub joined: Vec<CudaFunction>,
 }
 
@@ -166,16 +182,16 @@ impl PackedKernels {
             for columns in [32, 64] {
                 products.push(function(module, &format!("{prefix}_warpgroup_{columns}"), shared)?);
             }
-        }
-        if family.groups() {
             products.push(product(&1)?);
+            for rows in [8, 16] {
+                products.push(function(module, &format!("{prefix}_few_{rows}"), shared)?);
+            }
         }
         if family == Family::Fixed && hopper {
             products.push(function(module, "fixed_warpgroup_64", shared)?);
         }
-        let joined: &[usize] = if family.groups() { &[8, 1] } else { &[8] };
-        let joined =
-            joined.iter().map(|columns| Ok(function(module, &format!("{prefix}_joined_{columns}"), shared)?.0));
+        let joined: &[&str] = if family.blocks() { &["8", "1", "few_8"] } else { &["8"] };
+        let joined = joined.iter().map(|of| Ok(function(module, &format!("{prefix}_joined_{of}"), shared)?.0));
         let joined = joined.collect::<Result<_>>()?;
         Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
     }

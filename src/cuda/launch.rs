@@ -64,8 +64,9 @@ impl LaunchShape {
     ) -> Option<LaunchShape> {
         let columns = batch * parts;
         let products = &kernels.packed(family).ok()?.products;
+        let single = family.blocks() && batch == 1 && parts <= 2;
         let kernel = match columns {
-            1 if family.groups() => SINGLE,
+            _ if single => SINGLE,
             17..=32 if family.blocks() && kernels.warpgroups && !preferred.wide_32 => WARPGROUPS,
             33..=64 if family.blocks() && kernels.warpgroups && !preferred.wide_64 => WARPGROUPS + 1,
             _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
@@ -78,19 +79,31 @@ impl LaunchShape {
         let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
         let teams = if family.blocks() && kernels.warpgroups { 2 } else { 1 };
         let sums = family.group_sums_bytes();
-        let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
+        let few = if batch > 1 && parts <= 2 { LaunchShape::few(family, geometry, kernels, batch) } else { None };
+        let shape = if let Some(shape) = few.or_else(|| LaunchShape::warpgroups(family, geometry, kernels, columns)) {
             shape
         } else if columns <= 16 {
             let keep = if columns <= 4 { 8 } else { 32 / columns } / teams;
             let besides = |slabs: usize| {
                 let units = stages.div_ceil(slabs) * Family::UNITS;
-                256 + keep * columns * 512 * teams + columns * (units * (2 * UNIT_COLS + sums) + 64)
+                let activations = units * 2 * UNIT_COLS + 64;
+                256 + if single {
+                    // `single_shared_bytes` of kernels/kquant_single.cuh.
+                    keep * 512 * teams + parts * activations + units * family.plane_sums_bytes() + 272
+                } else {
+                    keep * columns * 512 * teams + columns * (activations + units * sums)
+                }
             };
             let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
             while tiles * slabs * 2 <= processors && slabs < stages {
                 slabs += 1;
             }
-            let in_flight = family.in_flight();
+            // What a block keeps on its way at most. More is slower, or no faster.
+            let in_flight = family.stages_of(match family.blocks() {
+                true if single => 55_296,
+                true => 27_648,
+                false => 49_152,
+            });
             let wanted = match (family.blocks(), programmatic) {
                 (true, _) => 16,
                 (_, true) => 3 * in_flight,
@@ -147,6 +160,40 @@ impl LaunchShape {
                 partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
+        };
+        shape.possible()
+    }
+
+    /// The product for 2 to 16 rows of BF16 or F16, `kernels/kquant_few.cuh`, where there is one.
+    fn few(family: Family, geometry: Geometry, kernels: &Kernels, batch: usize) -> Option<LaunchShape> {
+        if !family.blocks() || !kernels.warpgroups || batch > 16 {
+            return None;
+        }
+        let (eights, processors) = (batch.div_ceil(8), kernels.processors);
+        let (kernel, (stages, tiles)) = (FEW + eights - 1, (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS)));
+        let room = kernels.packed(family).ok()?.products.get(kernel)?.1;
+        // `few_shared_bytes`.
+        let (slot, keep) = (family.stage_bytes().next_multiple_of(128), 3 - eights);
+        let besides = |slabs: usize| {
+            let units = stages.div_ceil(slabs) * Family::UNITS;
+            384 + keep * eights * 8192 + units * eights * (2048 + family.few_group_bytes())
+        };
+        let mut slabs = (1..=stages).find(|&slabs| 4 * slot + besides(slabs) <= room)?;
+        while tiles * slabs * 2 <= processors && slabs < stages {
+            slabs += 1;
+        }
+        let slots = ((room - besides(slabs)) / slot).clamp(4, 16);
+        let shape = LaunchShape {
+            kernel,
+            groups: tiles.min((processors / slabs).max(1)),
+            slabs,
+            threads: 640,
+            shared: slots * slot + besides(slabs),
+            slots,
+            in_flight: family.stages_of(36_864).min(slots),
+            keep,
+            partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+            scaled: false,
         };
         shape.possible()
     }
@@ -229,15 +276,18 @@ impl LaunchShape {
 }
 
 /// The number of the first product of whole warpgroups among a layout's kernels: that for 64 columns of `fixed`, those for
-/// 32 and for 64 columns of block formats, which a product for a single column may follow.
+/// 32 and for 64 columns of block formats, which a product for a single row follows.
 const WARPGROUPS: usize = 4;
 const SINGLE: usize = 6;
+/// And the first of those for up to 8 and 16 rows of block formats.
+const FEW: usize = 7;
 
 /// The number of a kernel's counterpart for several matrices, among those of a layout.
 pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
     match kernel {
         0 => Some(0),
-        SINGLE if family.groups() => Some(1),
+        SINGLE if family.blocks() => Some(1),
+        FEW if family.blocks() => Some(2),
         _ => None,
     }
 }
