@@ -25,67 +25,60 @@
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel
 //              still runs, so they, the overflow list and the scales must have been complete before that kernel began.
 #pragma once
+#include "byte_product.cuh"
 #include "multiply.cuh"
 #include "sums.cuh"
 
 namespace taper {
 
+// Activations as columns of bf16: exact whatever they are.
 template <class L, int NB>
-__device__ __forceinline__ void narrow_product(const Product& p) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const Part<L> part(p);
-  const int columns = p.batch * (p.x_type + 1);
-  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
-                 sums = bars + BARRIER_BYTES, xs = sums + sums_bytes(p.keep, columns);
-  const int stride = activation_stride(slab_width<L>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
-  Ring<L> ring(p, ring_at, bars);
-  ring.init(tid - CONSUMER_THREADS);
-  __syncthreads();
-  if (warp == CONSUMERS) {
-    if (lane == 0) ring.produce(p, part);
-    return;
-  }
-  let_next_kernel_start();
-  wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
-  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
-                                     part.width(), tid);
-  async_commit();
-  ring.start(p, part, warp, lane);
-#if __CUDA_ARCH__ >= 900
-  async_wait<0>();
-#else
-  async_wait<2>();  // the two stages that `start` sent for may still be on their way
-#endif
-  bar_sync<1, CONSUMER_THREADS>();
+struct Bf16Columns {
+  uint32_t x_row[NB];
+  uint4 x[4];
+  float c0[NB][4] = {}, c1[NB][4] = {};
 
   // Columns past the last repeat it: their products are computed and dropped.
-  uint32_t x_row[NB];
+  __device__ Bf16Columns(uint32_t xs, int stride, int columns, int lane) {
 #pragma unroll
-  for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * lane_bytes<L>();
-  float c0[NB][4], c1[NB][4];
+    for (int nb = 0; nb < NB; nb++)
+      x_row[nb] = xs + min(8 * nb + (lane >> 2), columns - 1) * stride + (lane & 3) * lane_bytes<L>();
+  }
+  // Before the unit's weights are waited for: unit `unit` of the slab's.
+  __device__ __forceinline__ void prefetch(int unit) {
+    if constexpr (NB == 1)
 #pragma unroll
-  for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
+      for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + unit * (UNIT_COLS * 2) + j * 64);
+  }
+  __device__ __forceinline__ void multiply(const Product& p, uint32_t at, uint32_t trailer, int u, int lane, int unit,
+                                           int) {
+    multiply_unit<L, NB>(at, trailer, u, lane, p.overflow, c0, c1, [&](int j, int nb) {
+      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3])
+                     : lds_fragment<L>(x_row[nb] + unit * (UNIT_COLS * 2) + j * 64);
+    });
+  }
+  // Its sum of what c[nb][i] says of `multiply`; zero again.
+  __device__ __forceinline__ float take(int nb, int i) {
+    const float sum = c0[nb][i] + c1[nb][i];
+    c0[nb][i] = c1[nb][i] = 0;
+    return sum;
+  }
+};
 
+// The tiles of a block. `columns` of activations are summed, `parts` of them to each row of x.
+template <class L, int NB, class Columns>
+__device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part, Ring<L>& ring, Columns& how,
+                                          int columns, int parts, uint32_t sums, int padded_rows) {
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   for (int tile = 0, kept = 0; tile < part.tiles; tile++) {
     for (int s = 0; s < part.stages; s++) {
       const int units = part.shape.units_of(part.stage0 + s);
-      uint4 x[4];
-      uint32_t at = (s * L::UNITS + warp) * (UNIT_COLS * 2);
-      if (NB == 1 && warp < units) {  // before the wait: these are here already
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
-      }
+      if (warp < units) how.prefetch(s * L::UNITS + warp);
       ring.wait();
-      for (int u = warp; u < units; u += CONSUMERS, at += CONSUMERS * UNIT_COLS * 2) {
-        if (L::UNITS > CONSUMERS && NB == 1 && u != warp) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
-        }
-        multiply_unit<L, NB>(
-            ring.unit(warp, u), ring.trailer(warp, units), u, lane, p.overflow, c0, c1, [&](int j, int nb) {
-              return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
-            });
+      for (int u = warp; u < units; u += CONSUMERS) {
+        if (L::UNITS > CONSUMERS && u != warp) how.prefetch(s * L::UNITS + u);
+        how.multiply(p, ring.unit(warp, u), ring.trailer(warp, units), u, lane, s * L::UNITS + u,
+                     part.first_col() + (s * L::UNITS + u) * UNIT_COLS);
       }
       ring.done(p, part, warp, lane);
     }
@@ -96,12 +89,12 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int column = 8 * nb + 2 * t + (i & 1);
-        if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
-        c0[nb][i] = c1[nb][i] = 0;
+        const float sum = how.take(nb, i);
+        if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, sum);
       }
     if (++kept < p.keep && tile + 1 < part.tiles) continue;
     bar_sync<1, CONSUMER_THREADS>();
-    const int parts = p.x_type + 1, first = part.tile0 + tile + 1 - kept;
+    const int first = part.tile0 + tile + 1 - kept;
     for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
       const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
       float sum = 0;
@@ -113,6 +106,54 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
     }
     kept = 0;
     if (tile + 1 < part.tiles) bar_sync<1, CONSUMER_THREADS>();
+  }
+}
+
+template <class L, int NB>
+__device__ __forceinline__ void narrow_product(const Product& p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const Part<L> part(p);
+  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS;
+  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
+                 sums = bars + BARRIER_BYTES, xs = sums + sums_bytes(p.keep, columns);
+  const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
+  Ring<L> ring(p, ring_at, bars);
+  ring.init(tid - CONSUMER_THREADS);
+  __syncthreads();
+  if (warp == CONSUMERS) {
+    if (lane == 0) ring.produce(p, part);
+    return;
+  }
+  let_next_kernel_start();
+  wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
+  bool done = false;
+  if constexpr (byte_products<L>()) {
+    if (p.x_type != F32) {
+      const Planes planes(xs, width, p.batch);
+      const bool large = make_planes<CONSUMER_THREADS>(planes, p.x, p.x_type, p.x_stride, p.batch, p.cols,
+                                                       part.first_col(), part.width(), tid);
+      if (!bar_any<1, CONSUMER_THREADS>(large)) {
+        ring.start(p, part, warp, lane);
+        PlaneColumns<L, NB> how(planes, p.batch, lane);
+        all_tiles<L, NB>(p, part, ring, how, p.batch, 1, sums, padded_rows);
+        done = true;
+      }
+    }
+  }
+  if (!done) {
+    load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
+                                       part.width(), tid);
+    async_commit();
+    ring.start(p, part, warp, lane);
+#if __CUDA_ARCH__ >= 900
+    async_wait<0>();
+#else
+    async_wait<2>();  // the two stages that `start` sent for may still be on their way
+#endif
+    bar_sync<1, CONSUMER_THREADS>();
+    Bf16Columns<L, NB> how(xs, stride, columns, lane);
+    all_tiles<L, NB>(p, part, ring, how, columns, parts, sums, padded_rows);
   }
   add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
 }

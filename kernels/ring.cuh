@@ -1,6 +1,6 @@
 // What a product kernel is given, which part of it a block does, and how weights reach the block's shared memory.
 #pragma once
-#include "activations.cuh"
+#include "planes.cuh"
 #include "unit.cuh"
 
 namespace taper {
@@ -79,12 +79,27 @@ __host__ __device__ constexpr int group_sums_bytes() {
   else
     return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
 }
+// Whether layout L has its weights as bytes (integers.cuh).
 template <class L>
-__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots, int teams,
+__host__ __device__ constexpr bool byte_products() {
+  if constexpr (L::GROUP == 0)
+    return L::SCALED;
+  else
+    return false;
+}
+// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or with layouts of bytes three planes.
+template <class L>
+__host__ __device__ constexpr int activations_bytes(int width, int batch, int parts) {
+  const int columns = batch * parts * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>()),
+            planes = byte_products<L>() && parts < 3 ? planes_bytes(width, batch) : 0;
+  return columns > planes ? columns : planes;
+}
+template <class L>
+__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int batch, int parts, int slots, int teams,
                                                        bool hopper) {
-  const int width = slab_width<L>(cols, slabs);
+  const int columns = batch * parts;
   return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + sums_bytes(tiles_kept(columns, teams), columns, teams) +
-         columns * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>());
+         activations_bytes<L>(slab_width<L>(cols, slabs), batch, parts);
 }
 
 // Activations of vector j as B fragments: 16 bytes of a row of x from column 32j + 8t on, or with groups of 16 the two

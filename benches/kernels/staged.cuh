@@ -85,7 +85,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   if (columns <= 16) {
     const int teams = taper::teams<L>(hopper);
     const auto shared = [&](int slots) {
-      return product_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
+      return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
     };
     while (shared(3) > limit) slabs++;
     while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
