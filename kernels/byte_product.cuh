@@ -6,20 +6,31 @@
 
 namespace taper {
 
-// What `multiply` takes of 8 NB rows of x.
-template <class L, int NB>
+// Up to 8 rows of x: three products for each eight, which have one plane each; NB eights. PAIR: up to two rows, whose
+// planes are columns of one product, those of row m from column 4 m on; so lanes t = 2 m and 2 m + 1 share its sums.
+template <class L, int NB, bool PAIR>
 struct PlaneColumns {
+  static constexpr int PRODUCTS = PAIR ? 1 : NB * PLANES, OWN = PAIR ? 2 : NB * 4;
   const Planes planes;
-  uint32_t x_row[NB];
-  float c[NB][4] = {};
+  uint32_t x_at[PRODUCTS];
+  float factor[2];  // PAIR: of the lane's two planes
+  float c[OWN] = {};
 
   // Rows past the last repeat it: their products are computed and dropped.
   __device__ PlaneColumns(const Planes& planes_, int batch, int lane) : planes(planes_) {
+    const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-    for (int nb = 0; nb < NB; nb++)
-      x_row[nb] = planes.row(min(8 * nb + (lane >> 2), batch - 1)) + (lane & 3) * 16;
+    for (int i = 0; i < PRODUCTS; i++)
+      x_at[i] = (PAIR ? planes.row(min(g >> 2, batch - 1)) + min(g & 3, PLANES - 1) * planes.stride
+                      : planes.row(min(i / PLANES * 8 + g, batch - 1)) + i % PLANES * planes.stride) +
+                t * 16;
+    factor[0] = t & 1 ? 1 : 65536, factor[1] = t & 1 ? 0 : 256;
   }
   __device__ __forceinline__ void prefetch(int) {}
+  // The row of x of sum c[i].
+  __device__ __forceinline__ static int row_of(int i, int lane) {
+    return PAIR ? (lane & 3) >> 1 : i / 4 * 8 + 2 * (lane & 3) + i % 2;
+  }
   // c += unit u of a stage, the slab's unit `unit`, whose first column is `col`.
   __device__ __forceinline__ void multiply(const Product& p, uint32_t at, uint32_t trailer, int u, int lane, int unit,
                                            int col) {
@@ -27,77 +38,88 @@ struct PlaneColumns {
     const uint32_t entry = lds32(lane < ENTRIES ? trailer + 8 + L::EXTRA + 4 * lane : trailer);
     typename L::Unit weights;
     weights.load(at, trailer + 8, u, lane);
-    const float unit_scale = L::unit_scale(trailer, u);
-    int d[NB][PLANES][4] = {};
+    const float unit_scale = L::unit_scale(trailer, u), byte_scale = unit_scale / L::SHIFTED;
+    int d[PRODUCTS][4] = {};
 #pragma unroll
     for (int two = 0; two < 2; two++) {
-      uint4 b[NB][PLANES];
+      uint4 b[PRODUCTS];
 #pragma unroll
-      for (int i = 0; i < NB * PLANES; i++)
-        b[i / PLANES][i % PLANES] =
-            lds128(x_row[i / PLANES] + i % PLANES * planes.stride + unit * PLANE_UNIT + 64 * two);
+      for (int i = 0; i < PRODUCTS; i++) b[i] = lds128(x_at[i] + unit * PLANE_UNIT + 64 * two);
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         uint32_t a[4];
         weights.bytes(2 * two + j, a);
 #pragma unroll
-        for (int nb = 0; nb < NB; nb++)
-#pragma unroll
-          for (int q = 0; q < PLANES; q++)
-            mma_s8(d[nb][q], a[0], a[1], a[2], a[3], j ? b[nb][q].z : b[nb][q].x, j ? b[nb][q].w : b[nb][q].y);
+        for (int i = 0; i < PRODUCTS; i++)
+          mma_s8(d[i], a[0], a[1], a[2], a[3], j ? b[i].z : b[i].x, j ? b[i].w : b[i].y);
       }
     }
+    if constexpr (PAIR) {
+      const float scale = lds_float(planes.scale(unit, row_of(0, lane))) * byte_scale;
 #pragma unroll
-    for (int nb = 0; nb < NB; nb++) {
-      const uint2 bits = lds64(planes.scale(unit, 8 * nb + 2 * (lane & 3)));
-      const float scale[2] = {__uint_as_float(bits.x) * (unit_scale / L::SHIFTED),
-                              __uint_as_float(bits.y) * (unit_scale / L::SHIFTED)};
+      for (int h = 0; h < 2; h++)
+        c[h] = fmaf(scale, fmaf(factor[0], d[0][2 * h], factor[1] * d[0][2 * h + 1]), c[h]);
+    } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        c[nb][i] = fmaf(scale[i & 1], fmaf(65536.0f, d[nb][0][i], fmaf(256.0f, d[nb][1][i], d[nb][2][i])), c[nb][i]);
+      for (int nb = 0; nb < NB; nb++) {
+        const uint2 bits = lds64(planes.scale(unit, row_of(4 * nb, lane)));
+        const float scale[2] = {__uint_as_float(bits.x) * byte_scale, __uint_as_float(bits.y) * byte_scale};
+        const int(*planes_of)[4] = d + PLANES * nb;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          c[4 * nb + i] = fmaf(scale[i & 1],
+                               fmaf(65536.0f, planes_of[0][i], fmaf(256.0f, planes_of[1][i], planes_of[2][i])),
+                               c[4 * nb + i]);
+      }
     }
     const bool mine = lane < ENTRIES ? repairs_unit(entry, u) : entry != 0;
     if (__any_sync(~0u, mine)) repair(p, entry, trailer, u, lane, unit, col, unit_scale);
   }
-  // Integers that are repairs are zero: what they add. One after the other, by the lanes that have their row.
+  // Integers that are repairs are zero. What they add, one after the other, by the lanes that have their row.
   __device__ __forceinline__ void repair(const Product& p, uint32_t entry, uint32_t trailer, int u, int lane, int unit,
-                                      int col, float unit_scale) {
+                                         int col, float unit_scale) {
     const uint32_t count = lds32(trailer), offset = lds32(trailer + 4);
     for (uint32_t first = 0; first < (count ? count : 32u); first += 32) {
       uint32_t mine = lane < ENTRIES ? entry : 0;
       if (count) mine = first + lane < count ? __ldg(p.overflow + offset + first + lane) : 0;
       for (uint32_t left = __ballot_sync(~0u, repairs_unit(mine, u)); left; left &= left - 1) {
-        const uint32_t e = __shfl_sync(~0u, mine, __ffs(left) - 1);
-        // The slot (unit.cuh): the lane whose weight it is, its register and half.
-        const int j = e >> 9 & 3, to_lane = e >> 3 & 31, pair = (e >> 8 & 1) * 4 + (e >> 1 & 3), h = pair & 1,
-                  t = to_lane & 3, kk = 2 * (pair >> 1) + (e & 1);
-        if (lane >> 2 != to_lane >> 2) continue;
-        const float value = __uint_as_float(e & 0xFFFF0000u);
-        const bool finite = fabsf(value) < __uint_as_float(0x7F800000u);
+        const Repair r(__shfl_sync(~0u, mine, __ffs(left) - 1));
+        if (lane >> 2 != r.g || (PAIR && lane & 1)) continue;
 #pragma unroll
-        for (int i = 0; i < NB * 2; i++) {
-          const int m = i / 2 * 8 + 2 * (lane & 3) + i % 2;
-          if (m >= p.batch) continue;
-          float x;
-          if (finite) {
-            const uint32_t from = planes.row(m) + unit * PLANE_UNIT + 64 * (j / 2) + 16 * t + 8 * (j & 1) +
-                                  ((kk & 4) | (kk & 1) << 1 | (kk >> 1 & 1));
-            const int n = (int)(int8_t)lds8(from) * 65536 + (int)(int8_t)lds8(from + planes.stride) * 256 +
-                          (int)(int8_t)lds8(from + 2 * planes.stride);
-            x = lds_float(planes.scale(unit, m)) * n;
-          } else {  // only 0 gives NaN, not what is 0 beside larger values
-            x = load_value(p.x, (size_t)m * p.x_stride + col + 32 * j + 8 * t + kk, p.x_type);
-          }
-          const float add = unit_scale * value * x;
-          c[i / 2][i % 2] += h ? 0 : add, c[i / 2][2 + i % 2] += h ? add : 0;
+        for (int i = 0; i < OWN; i++) {
+          const int m = row_of(i, lane), h = PAIR ? i : i >> 1 & 1;
+          if (m < p.batch && h == r.h) c[i] += unit_scale * r.value * activation(p, m, unit, col, r);
         }
       }
     }
   }
-  __device__ __forceinline__ float take(int nb, int i) {
-    const float sum = c[nb][i];
-    c[nb][i] = 0;
-    return sum;
+  struct Repair {  // see unit.cuh
+    float value;
+    int j, g, t, h, kk;
+    __device__ __forceinline__ explicit Repair(uint32_t e) : value(__uint_as_float(e & 0xFFFF0000u)) {
+      const int slot = e & 2047, p = (slot >> 8 & 1) * 4 + (slot >> 1 & 3);
+      j = slot >> 9, g = slot >> 5 & 7, t = slot >> 3 & 3, h = p & 1, kk = 2 * (p >> 1) + (slot & 1);
+    }
+  };
+  // What the repaired weight meets in row m. From 2^10 on planes have it exactly; what is less beside a larger value may
+  // still be all that matters, if the weight is large.
+  __device__ __forceinline__ float activation(const Product& p, int m, int unit, int col, const Repair& r) const {
+    const uint32_t from = planes.row(m) + unit * PLANE_UNIT + 64 * (r.j / 2) + 16 * r.t + 8 * (r.j & 1) +
+                          ((r.kk & 4) | (r.kk & 1) << 1 | (r.kk >> 1 & 1));
+    const int n = (int)(int8_t)lds8(from) * 65536 + (int)(int8_t)lds8(from + planes.stride) * 256 +
+                  (int)(int8_t)lds8(from + 2 * planes.stride);
+    if (abs(n) >= 1024) return lds_float(planes.scale(unit, m)) * n;
+    return load_value(p.x, (size_t)m * p.x_stride + col + 32 * r.j + 8 * r.t + r.kk, p.x_type);
+  }
+  // The tile's sums to mine[column][row] in shared memory; zero again.
+  __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int m = row_of(i, lane), h = PAIR ? i : i >> 1 & 1;
+      if (PAIR) c[i] += __shfl_xor_sync(~0u, c[i], 1);
+      if (m < columns && !(PAIR && lane & 1)) sts_float(mine + (m * TILE_ROWS + (lane >> 2) + 8 * h) * 4, c[i]);
+      c[i] = 0;
+    }
   }
 };
 

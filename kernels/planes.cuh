@@ -36,8 +36,18 @@ struct Planes {
   __device__ uint32_t scale(int unit, int m) const { return scales + (unit * eights * 8 + m) * 4; }
 };
 
-// Eight values of bf16 or f16 as planes: 8 bytes each at `to`, `stride` apart.
-__device__ __forceinline__ void put_planes(uint32_t to, int stride, const uint4& raw, int type, float inverse) {
+// Eight bf16 or f16 values, those past the row's end zeros.
+__device__ __noinline__ inline uint4 load_eight(const uint16_t* from, int left) {
+  uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int e = 0; e < 8; e++)
+    if (e < left) w[e / 2] |= (uint32_t)from[e] << (e & 1) * 16;
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// Eight values as planes: 8 bytes each at `to`, `stride` apart.
+template <bool HALVES>
+__device__ __forceinline__ void put_planes(uint32_t to, int stride, const uint4& raw, float inverse) {
   constexpr float MAGIC = 12582912.0f;                  // 1.5 * 2^23: the sum's low bits are the integer
   constexpr uint32_t TO_BYTES = 0x8080u - 0x4B400000u;  // of which b + 128 and c + 128 are bytes then
   const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -48,8 +58,8 @@ __device__ __forceinline__ void put_planes(uint32_t to, int stride, const uint4&
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const uint32_t pair = w[2 * four + i / 2];
-      const float v = type == F16 ? half_to_float(i & 1 ? pair >> 16 : pair & 0xFFFF)
-                                  : __uint_as_float(i & 1 ? pair & 0xFFFF0000u : pair << 16);
+      const float v = HALVES ? half_to_float(i & 1 ? pair >> 16 : pair & 0xFFFF)
+                             : __uint_as_float(i & 1 ? pair & 0xFFFF0000u : pair << 16);
       n[i] = __float_as_uint(fmaf(v, inverse, MAGIC)) + TO_BYTES;
     }
     const uint32_t even = __byte_perm(n[0], n[2], 0x5140), odd = __byte_perm(n[1], n[3], 0x5140);
@@ -61,40 +71,37 @@ __device__ __forceinline__ void put_planes(uint32_t to, int stride, const uint4&
   for (int q = 0; q < PLANES; q++) sts64(to + q * stride, plane[q][0], plane[q][1]);
 }
 
-// Fills planes from columns first.. of x, bf16 or f16; columns at and past `cols` become zero. Called by THREADS threads;
-// the caller puts a barrier behind. True if a value of this lane's is not finite or 2^101 and more: then the planes are
-// not to be used.
-template <int THREADS>
-__device__ __forceinline__ bool make_planes(const Planes& planes, const void* x, int type, int x_stride, int batch,
-                                            int cols, int first, int width, int tid) {
-  constexpr int DEEP = 4;  // loads in flight per thread
+// Fills planes from columns first.. of x, bf16, or f16 if HALVES; columns at and past `cols` become zero. Called by
+// THREADS threads; the caller puts a barrier behind. True if a value of this lane's is not finite or 2^101 and more: then
+// the planes are not to be used.
+template <int THREADS, bool HALVES>
+__device__ __forceinline__ bool make_planes(const Planes& planes, const void* x, int x_stride, int batch, int cols,
+                                            int first, int width, int tid) {
+  constexpr int DEEP = 8;  // loads in flight per thread
   const int chunks = width / 8, total = batch * chunks;
-  const bool aligned = (((size_t)x | (size_t)((long long)x_stride * 2)) & 15) == 0;
+  const bool regular = (((size_t)x | (size_t)((long long)x_stride * 2)) & 15) == 0 && first + width <= cols;
   uint32_t largest = 0;
   int row = 0, chunk = tid;
   for (int base = tid & ~31; base < total; base += DEEP * THREADS) {  // whole warps: lanes exchange their largest
     uint4 raw[DEEP];
-    int at_row[DEEP], at_chunk[DEEP];
+    uint32_t to[DEEP], scale_to[DEEP];
 #pragma unroll
     for (int d = 0; d < DEEP; d++, chunk += THREADS) {
+      if (base + d * THREADS >= total) break;
       while (chunk >= chunks) chunk -= chunks, row++;
-      at_row[d] = row, at_chunk[d] = chunk;
       raw[d] = make_uint4(0, 0, 0, 0);
-      const int k = first + chunk * 8;
-      const uint16_t* from = (const uint16_t*)x + (size_t)row * x_stride + k;
-      if (row >= batch) continue;
-      if (aligned && k + 8 <= cols) {
-        raw[d] = *(const uint4*)from;
-      } else {
-        uint32_t w[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-          if (k + e < cols) w[e / 2] |= (uint32_t)from[e] << (e & 1) * 16;
-        raw[d] = make_uint4(w[0], w[1], w[2], w[3]);
+      if (row < batch) {
+        const int k = first + chunk * 8;
+        const uint16_t* from = (const uint16_t*)x + (size_t)row * x_stride + k;
+        raw[d] = regular ? *(const uint4*)from : load_eight(from, cols - k);
       }
+      to[d] = planes.row(row) + ((chunk & ~15) << 3 | (chunk & 8) << 3 | (chunk & 3) << 4 | (chunk & 4) << 1);
+      scale_to[d] = planes.scale(chunk >> 4, row);
     }
 #pragma unroll
     for (int d = 0; d < DEEP; d++) {
+      const int at = base + d * THREADS;
+      if (at >= total) break;
       // Without their signs, values of both types are ordered as integers, infinities and NaN behind.
       constexpr uint32_t MAGNITUDES = 0x7FFF7FFFu;
       uint32_t top = __vmaxu2(__vmaxu2(raw[d].x & MAGNITUDES, raw[d].y & MAGNITUDES),
@@ -102,14 +109,12 @@ __device__ __forceinline__ bool make_planes(const Planes& planes, const void* x,
 #pragma unroll
       for (int lanes = 1; lanes < PLANE_UNIT / 8; lanes *= 2) top = __vmaxu2(top, __shfl_xor_sync(~0u, top, lanes));
       const uint32_t value = max(top & 0xFFFF, top >> 16),
-                     bits = type == F16 ? __float_as_uint(half_to_float(value)) : value << 16;
+                     bits = HALVES ? __float_as_uint(half_to_float(value)) : value << 16;
       largest = max(largest, bits);
-      if (at_row[d] >= batch) continue;
+      if (at + (tid & 31) >= total) continue;
       const uint32_t exponent = max(bits >> 23, 27u);  // 2^-100 at least: both factors are normal numbers
-      const int unit = at_chunk[d] / 16, j = at_chunk[d] / 4 & 3, t = at_chunk[d] & 3;
-      put_planes(planes.row(at_row[d]) + unit * PLANE_UNIT + 64 * (j / 2) + 16 * t + 8 * (j & 1), planes.stride, raw[d],
-                 type, __uint_as_float((127 + 21 + 127 - exponent) << 23));
-      if ((at_chunk[d] & 15) == 0) sts32(planes.scale(unit, at_row[d]), (exponent - 21) << 23);
+      put_planes<HALVES>(to[d], planes.stride, raw[d], __uint_as_float((127 + 21 + 127 - exponent) << 23));
+      if ((tid & 15) == 0) sts32(scale_to[d], (exponent - 21) << 23);
     }
   }
   return largest >= (127 + 101) << 23;

@@ -25,6 +25,8 @@
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel
 //              still runs, so they, the overflow list and the scales must have been complete before that kernel began.
 #pragma once
+#include <type_traits>
+
 #include "byte_product.cuh"
 #include "multiply.cuh"
 #include "sums.cuh"
@@ -57,20 +59,33 @@ struct Bf16Columns {
                      : lds_fragment<L>(x_row[nb] + unit * (UNIT_COLS * 2) + j * 64);
     });
   }
-  // Its sum of what c[nb][i] says of `multiply`; zero again.
-  __device__ __forceinline__ float take(int nb, int i) {
-    const float sum = c0[nb][i] + c1[nb][i];
-    c0[nb][i] = c1[nb][i] = 0;
-    return sum;
+  // The tile's sums to mine[column][row] in shared memory; zero again.
+  __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
+#pragma unroll
+    for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int column = 8 * nb + 2 * (lane & 3) + (i & 1);
+        if (column < columns)
+          sts_float(mine + (column * TILE_ROWS + (lane >> 2) + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
+        c0[nb][i] = c1[nb][i] = 0;
+      }
   }
 };
 
-// The tiles of a block. `columns` of activations are summed, `parts` of them to each row of x.
-template <class L, int NB, class Columns>
-__device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part, Ring<L>& ring, Columns& how,
-                                          int columns, int parts, uint32_t sums, int padded_rows) {
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  for (int tile = 0, kept = 0; tile < part.tiles; tile++) {
+// The tiles of a team. `columns` of activations are summed, `parts` of them to each row of x.
+template <class L, int TEAMS, class Columns>
+__device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part, Ring<L, TEAMS>& ring, Columns& how,
+                                          int team, int columns, int parts, uint32_t sums, int padded_rows) {
+  const int tid = threadIdx.x % CONSUMER_THREADS, lane = tid & 31, warp = tid >> 5;
+  const auto wait_for_team = [&] {
+    if constexpr (TEAMS == 1)
+      bar_sync<1, CONSUMER_THREADS>();
+    else
+      bar_sync_of<CONSUMER_THREADS>(2 + team);
+  };
+  for (int tile = team, kept = 0; tile < part.tiles; tile += TEAMS) {
+    const int step = min(TEAMS, part.tiles - tile + team);
     for (int s = 0; s < part.stages; s++) {
       const int units = part.shape.units_of(part.stage0 + s);
       if (warp < units) how.prefetch(s * L::UNITS + warp);
@@ -80,21 +95,13 @@ __device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part,
         how.multiply(p, ring.unit(warp, u), ring.trailer(warp, units), u, lane, s * L::UNITS + u,
                      part.first_col() + (s * L::UNITS + u) * UNIT_COLS);
       }
-      ring.done(p, part, warp, lane);
+      ring.done(p, part, warp, lane, step);
     }
     // sums[kept][warp][column][row]
-    const uint32_t mine = sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4;
-#pragma unroll
-    for (int nb = 0; nb < NB; nb++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int column = 8 * nb + 2 * t + (i & 1);
-        const float sum = how.take(nb, i);
-        if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, sum);
-      }
-    if (++kept < p.keep && tile + 1 < part.tiles) continue;
-    bar_sync<1, CONSUMER_THREADS>();
-    const int first = part.tile0 + tile + 1 - kept;
+    how.store(sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4, columns, lane);
+    if (++kept < p.keep && tile + TEAMS < part.tiles) continue;
+    wait_for_team();
+    const int first = part.tile0 + tile - (kept - 1) * TEAMS;
     for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
       const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
       float sum = 0;
@@ -102,48 +109,60 @@ __device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part,
 #pragma unroll
         for (int w = 0; w < CONSUMERS; w++)
           sum += lds_float(sums + (((k * CONSUMERS + w) * columns + m * parts + s) * TILE_ROWS + row) * 4);
-      hand_on(p, padded_rows, part.slab, (first + k) * TILE_ROWS + row, m, sum);
+      hand_on(p, padded_rows, part.slab, (first + k * TEAMS) * TILE_ROWS + row, m, sum);
     }
     kept = 0;
-    if (tile + 1 < part.tiles) bar_sync<1, CONSUMER_THREADS>();
+    if (tile + TEAMS < part.tiles) wait_for_team();
   }
 }
 
 template <class L, int NB>
 __device__ __forceinline__ void narrow_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  constexpr int TEAMS = teams<L, NB>(), THREADS = CONSUMER_THREADS * TEAMS;
+  // `warp` counts within the team.
+  const int tid = threadIdx.x, lane = tid & 31, team = tid / CONSUMER_THREADS, warp = tid / 32 % CONSUMERS;
   const Part<L> part(p);
   const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS;
   const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
-                 sums = bars + BARRIER_BYTES, xs = sums + sums_bytes(p.keep, columns);
+                 all_sums = bars + BARRIER_BYTES, sums = all_sums + team * sums_bytes(p.keep, columns),
+                 xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
   const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
-  Ring<L> ring(p, ring_at, bars);
-  ring.init(tid - CONSUMER_THREADS);
+  Ring<L, TEAMS> ring(p, ring_at, bars);
+  ring.init(tid - THREADS);
   __syncthreads();
-  if (warp == CONSUMERS) {
+  if (team == TEAMS) {
     if (lane == 0) ring.produce(p, part);
     return;
   }
+  if (TEAMS > 1) ring.slot = team;
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
   bool done = false;
-  if constexpr (byte_products<L>()) {
+  if constexpr (byte_products<L>() && NB == 1) {
     if (p.x_type != F32) {
       const Planes planes(xs, width, p.batch);
-      const bool large = make_planes<CONSUMER_THREADS>(planes, p.x, p.x_type, p.x_stride, p.batch, p.cols,
-                                                       part.first_col(), part.width(), tid);
-      if (!bar_any<1, CONSUMER_THREADS>(large)) {
+      const auto make = [&](auto halves) {
+        return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols,
+                                                             part.first_col(), part.width(), tid);
+      };
+      const bool large = p.x_type == F16 ? make(std::true_type()) : make(std::false_type());
+      done = !bar_any<1, THREADS>(large);
+      if (done) {
         ring.start(p, part, warp, lane);
-        PlaneColumns<L, NB> how(planes, p.batch, lane);
-        all_tiles<L, NB>(p, part, ring, how, p.batch, 1, sums, padded_rows);
-        done = true;
+        const auto multiply = [&](auto how) {
+          all_tiles<L, TEAMS>(p, part, ring, how, team, p.batch, 1, sums, padded_rows);
+        };
+        if (p.batch <= 2)
+          multiply(PlaneColumns<L, 1, true>(planes, p.batch, lane));
+        else
+          multiply(PlaneColumns<L, 1, false>(planes, p.batch, lane));
       }
     }
   }
   if (!done) {
-    load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
-                                       part.width(), tid);
+    load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
+                              tid);
     async_commit();
     ring.start(p, part, warp, lane);
 #if __CUDA_ARCH__ >= 900
@@ -151,11 +170,11 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
 #else
     async_wait<2>();  // the two stages that `start` sent for may still be on their way
 #endif
-    bar_sync<1, CONSUMER_THREADS>();
+    bar_sync<1, THREADS>();
     Bf16Columns<L, NB> how(xs, stride, columns, lane);
-    all_tiles<L, NB>(p, part, ring, how, columns, parts, sums, padded_rows);
+    all_tiles<L, TEAMS>(p, part, ring, how, team, columns, parts, sums, padded_rows);
   }
-  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+  add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
 }
 
 }  // namespace taper

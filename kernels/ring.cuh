@@ -40,15 +40,25 @@ constexpr bool HOPPER =
 #else
     true;
 #endif
-// Teams of eight consumers that share a block's tiles. What a warp does with a unit of a layout with groups is a chain
-// of instructions that wait for one another: a second team hides that, a third gains nothing.
+// Whether layout L has its weights as bytes (integers.cuh).
 template <class L>
-__host__ __device__ constexpr int teams(bool hopper = HOPPER) {
-  return L::GROUP >= 16 && hopper ? 2 : 1;
+__host__ __device__ constexpr bool byte_products() {
+  if constexpr (L::GROUP == 0)
+    return L::SCALED;
+  else
+    return false;
 }
-template <class L>
+
+// Teams of eight consumers that share a block's tiles, NB eights of columns. What a warp does with a unit of a layout
+// with groups is a chain of instructions that wait for one another: a second team hides that, a third gains nothing.
+// With layouts of bytes too, and it halves the time in which planes are made.
+template <class L, int NB = 1>
+__host__ __device__ constexpr int teams(bool hopper = HOPPER) {
+  return hopper && (L::GROUP >= 16 || (byte_products<L>() && NB == 1)) ? 2 : 1;
+}
+template <class L, int NB = 1>
 __host__ __device__ constexpr int product_block() {
-  return CONSUMER_THREADS * teams<L>() + 32;
+  return CONSUMER_THREADS * teams<L, NB>() + 32;
 }
 constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
 
@@ -78,14 +88,6 @@ __host__ __device__ constexpr int group_sums_bytes() {
     return 0;
   else
     return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
-}
-// Whether layout L has its weights as bytes (integers.cuh).
-template <class L>
-__host__ __device__ constexpr bool byte_products() {
-  if constexpr (L::GROUP == 0)
-    return L::SCALED;
-  else
-    return false;
 }
 // `batch` rows of `width` activations, each of which is `parts` columns of bf16, or with layouts of bytes three planes.
 template <class L>

@@ -83,7 +83,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
   if (columns <= 16) {
-    const int teams = taper::teams<L>(hopper);
+    const int teams = columns <= 8 ? taper::teams<L>(hopper) : taper::teams<L, 2>(hopper);
     const auto shared = [&](int slots) {
       return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
     };
