@@ -96,7 +96,8 @@ struct PlaneColumns {
   struct Repair {  // see unit.cuh
     float value;
     int j, g, t, h, kk;
-    __device__ __forceinline__ explicit Repair(uint32_t e) : value(__uint_as_float(e & 0xFFFF0000u)) {
+    __device__ __forceinline__ explicit Repair(uint32_t e) {
+      value = __uint_as_float(e & 0xFFFF0000u);
       const int slot = e & 2047, p = (slot >> 8 & 1) * 4 + (slot >> 1 & 3);
       j = slot >> 9, g = slot >> 5 & 7, t = slot >> 3 & 3, h = p & 1, kk = 2 * (p >> 1) + (slot & 1);
     }

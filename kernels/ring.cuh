@@ -89,11 +89,12 @@ __host__ __device__ constexpr int group_sums_bytes() {
   else
     return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
 }
-// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or with layouts of bytes three planes.
+// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or three planes with layouts of bytes
+// and up to eight columns.
 template <class L>
 __host__ __device__ constexpr int activations_bytes(int width, int batch, int parts) {
   const int columns = batch * parts * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>()),
-            planes = byte_products<L>() && parts < 3 ? planes_bytes(width, batch) : 0;
+            planes = byte_products<L>() && parts < 3 && batch * parts <= 8 ? planes_bytes(width, batch) : 0;
   return columns > planes ? columns : planes;
 }
 template <class L>

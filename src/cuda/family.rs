@@ -18,7 +18,7 @@ pub(super) const UNIT_COLS: usize = 128;
 pub(super) enum Family {
     /// BF16 weights, 12 bits each: `kernels/fixed.cuh`.
     Fixed,
-    /// Integers from −127 to 127 with scales: `kernels/integers.cuh`.
+    /// Integers from −128 to 127 with scales: `kernels/integers.cuh`.
     Int8,
     /// Integers from −16 to 15 with scales.
     Int5,
@@ -85,6 +85,11 @@ impl Family {
     /// Whether its weights have scales, and decode to more than one dtype.
     pub fn scaled(self) -> bool {
         self != Family::Fixed
+    }
+
+    /// Whether its weights are multiplied as bytes: `kernels/byte_product.cuh`.
+    pub fn bytes_on_tensor_cores(self) -> bool {
+        matches!(self, Family::Int8 | Family::Int5 | Family::Int4)
     }
 
     /// Whether it is one of the block formats.

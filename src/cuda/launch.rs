@@ -76,7 +76,9 @@ impl LaunchShape {
         // `slot_bytes`, `teams` and `group_sums_bytes` of kernels/ring.cuh.
         let trailers = if family.blocks() && kernels.warpgroups { 1 } else { Family::UNITS };
         let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
-        let teams = if family.blocks() && kernels.warpgroups { 2 } else { 1 };
+        // Up to eight columns of bytes: `kernels/byte_product.cuh`.
+        let bytes = family.bytes_on_tensor_cores() && columns <= 8;
+        let teams = if (family.blocks() || bytes) && kernels.warpgroups { 2 } else { 1 };
         let sums = family.group_sums_bytes();
         let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
             shape
@@ -84,7 +86,10 @@ impl LaunchShape {
             let keep = if columns <= 4 { 8 } else { 32 / columns } / teams;
             let besides = |slabs: usize| {
                 let units = stages.div_ceil(slabs) * Family::UNITS;
-                256 + keep * columns * 512 * teams + columns * (units * (2 * UNIT_COLS + sums) + 64)
+                let exact = columns * (units * (2 * UNIT_COLS + sums) + 64);
+                let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units * batch.div_ceil(8);
+                let activations = if bytes && parts < 3 { exact.max(planes) } else { exact };
+                256 + keep * columns * 512 * teams + activations
             };
             let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
             while tiles * slabs * 2 <= processors && slabs < stages {
