@@ -15,19 +15,24 @@ __device__ __forceinline__ void small_product(const Product& p) {
     narrow_product<L, NB>(p);
 }
 
+template <class L>
+__host__ __device__ constexpr int small_block() {
+  return L::GROUP >= 16 ? product_block<L>() : narrow_block<L>();
+}
+
 }  // namespace taper
 
 #define TAPER_PRODUCTS(NAME, L)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                \
+  extern "C" __global__ void __launch_bounds__(small_block<L>(), 1)                                                \
       NAME##_product_8(const __grid_constant__ Product p) {                                                          \
     small_product<L, 1>(p);                                                                                          \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                \
+  extern "C" __global__ void __launch_bounds__(small_block<L>(), 1)                                                \
       NAME##_joined_8(const __grid_constant__ Products p) {                                                          \
     const Product mine = p.mine();                                                                                   \
     small_product<L, 1>(mine);                                                                                       \
   }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                \
+  extern "C" __global__ void __launch_bounds__(small_block<L>(), 1)                                                \
       NAME##_product_16(const __grid_constant__ Product p) {                                                         \
     small_product<L, 2>(p);                                                                                          \
   }                                                                                                                  \

@@ -116,10 +116,10 @@ __device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part,
   }
 }
 
-template <class L, int NB>
-__device__ __forceinline__ void narrow_product(const Product& p) {
+template <class L, int NB, int TEAMS>
+__device__ __forceinline__ void narrow_product_of(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
-  constexpr int TEAMS = teams<L, NB>(), THREADS = CONSUMER_THREADS * TEAMS;
+  constexpr int THREADS = CONSUMER_THREADS * TEAMS;
   // `warp` counts within the team.
   const int tid = threadIdx.x, lane = tid & 31, team = tid / CONSUMER_THREADS, warp = tid / 32 % CONSUMERS;
   const Part<L> part(p);
@@ -129,12 +129,14 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
                  xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
   const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
   Ring<L, TEAMS> ring(p, ring_at, bars);
-  ring.init(tid - THREADS);
-  __syncthreads();
   if (team == TEAMS) {
+    ring.init(lane);
+    __syncwarp();
+    bar_arrive<0, THREADS + 32>();
     if (lane == 0) ring.produce(p, part);
     return;
   }
+  bar_sync<0, THREADS + 32>();
   if (TEAMS > 1) ring.slot = team;
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
@@ -175,6 +177,14 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
     all_tiles<L, TEAMS>(p, part, ring, how, team, columns, parts, sums, padded_rows);
   }
   add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
+}
+
+template <class L, int NB>
+__device__ __forceinline__ void narrow_product(const Product& p) {
+  if (HOPPER && blockDim.x > CONSUMER_THREADS + 32)
+    narrow_product_of<L, NB, 2>(p);
+  else
+    narrow_product_of<L, NB, 1>(p);
 }
 
 }  // namespace taper

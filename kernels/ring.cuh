@@ -49,16 +49,21 @@ __host__ __device__ constexpr bool byte_products() {
     return false;
 }
 
-// Teams of eight consumers that share a block's tiles, NB eights of columns. What a warp does with a unit of a layout
-// with groups is a chain of instructions that wait for one another: a second team hides that, a third gains nothing.
-// With layouts of bytes too, and it halves the time in which planes are made.
-template <class L, int NB = 1>
+// Teams of eight consumers that share a block's tiles. What a warp does with a unit of a layout with groups is a chain
+// of instructions that wait for one another: a second team hides that, a third gains nothing. Products of other layouts
+// have as many as they are launched with.
+template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
-  return hopper && (L::GROUP >= 16 || (byte_products<L>() && NB == 1)) ? 2 : 1;
+  return L::GROUP >= 16 && hopper ? 2 : 1;
 }
-template <class L, int NB = 1>
+template <class L>
 __host__ __device__ constexpr int product_block() {
-  return CONSUMER_THREADS * teams<L, NB>() + 32;
+  return CONSUMER_THREADS * teams<L>() + 32;
+}
+// The largest block of a narrow product (product.cuh).
+template <class L>
+__host__ __device__ constexpr int narrow_block() {
+  return CONSUMER_THREADS * (HOPPER ? 2 : 1) + 32;
 }
 constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
 
@@ -135,12 +140,14 @@ template <class L>
 struct Part {
   Shape<L> shape;
   int slab, group, tile0, tiles, stage0, stages;
-  __device__ explicit Part(const Product& p) : shape(p.rows, p.cols) {
-    const int block = blockIdx.x - p.first_block;
-    slab = block / p.groups, group = block - slab * p.groups;
-    tile0 = (int)((long long)shape.tiles * group / p.groups),
-    tiles = (int)((long long)shape.tiles * (group + 1) / p.groups) - tile0;
-    stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+  __device__ explicit Part(const Product& p)
+      : shape(p.rows, p.cols), slab(0), group(blockIdx.x - p.first_block), stage0(0), stages(shape.stages) {
+    if (p.slabs > 1) {
+      slab = group / p.groups, group -= slab * p.groups;
+      stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+    }
+    const int each = shape.tiles / p.groups, more = shape.tiles - each * p.groups;  // so many groups have one more
+    tile0 = group * each + min(group, more), tiles = each + (group < more);
   }
   __device__ int first_col() const { return stage0 * L::UNITS * UNIT_COLS; }
   __device__ int width() const { return min(stages * L::UNITS, shape.units - stage0 * L::UNITS) * UNIT_COLS; }
@@ -163,7 +170,8 @@ struct Ring {
   __device__ void next() {
     if (++slot == slots) slot = 0, phase ^= 1;
   }
-  // One thread copies all stages of the block, at most p.in_flight of them on their way.
+  // One thread copies all stages of the block, at most p.in_flight of them on their way. With several teams there are
+  // TEAMS more slots than that: a team would else take the other's stage, not yet there, for one that is two rounds on.
   __device__ void produce(const Product& p, const Part<L>& part) {
     const uint64_t policy = evict_first_policy();
     uint32_t landed = 0, landed_phase = 0;

@@ -83,17 +83,19 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
   if (columns <= 16) {
-    const int teams = columns <= 8 ? taper::teams<L>(hopper) : taper::teams<L, 2>(hopper);
+    const bool bytes = byte_products<L>() && columns <= 8;
+    const int teams = L::GROUP >= 16 ? taper::teams<L>(hopper) : hopper && bytes ? 2 : 1;
     const auto shared = [&](int slots) {
       return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
     };
-    while (shared(3) > limit) slabs++;
-    while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
     const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
-              most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
-    p.slots = 3, p.keep = tiles_kept(columns, teams);
+              least = teams > 1 ? std::min(in_flight, 2) + teams : 3;
+    while (shared(least) > limit) slabs++;
+    while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
+    const int most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
+    p.slots = least, p.keep = tiles_kept(columns, teams);
     while (p.slots < std::min(16, most) && shared(p.slots + 1) <= limit) p.slots++;
-    p.in_flight = std::min(in_flight, p.slots);
+    p.in_flight = std::min(in_flight, p.slots - (teams > 1 ? teams : 0));
     launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
     launch.block = CONSUMER_THREADS * teams + 32, launch.shared_bytes = shared(p.slots);
   } else {

@@ -91,17 +91,19 @@ impl LaunchShape {
                 let activations = if bytes && parts < 3 { exact.max(planes) } else { exact };
                 256 + keep * columns * 512 * teams + activations
             };
-            let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
+            // Teams take what is theirs in turn, so that slots must be more than what is on its way: `kernels/ring.cuh`.
+            let (in_flight, apart) = (family.in_flight(), if teams > 1 { teams } else { 0 });
+            let least = (in_flight.min(2) + apart).max(3);
+            let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
             while tiles * slabs * 2 <= processors && slabs < stages {
                 slabs += 1;
             }
-            let in_flight = family.in_flight();
             let wanted = match (family.blocks(), programmatic) {
                 (true, _) => 16,
                 (_, true) => 3 * in_flight,
                 _ => 2 * in_flight,
             };
-            let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(3, 16);
+            let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(least, 16);
             LaunchShape {
                 kernel,
                 groups: tiles.min((processors / slabs).max(1)),
@@ -109,7 +111,7 @@ impl LaunchShape {
                 threads: 256 * teams as u32 + 32,
                 shared: slots * slot + besides(slabs),
                 slots,
-                in_flight: in_flight.min(slots),
+                in_flight: in_flight.min(slots - apart),
                 keep,
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
