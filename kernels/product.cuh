@@ -117,7 +117,7 @@ __device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part,
 }
 
 template <class L, int NB, int TEAMS>
-__device__ __forceinline__ void narrow_product_of(const Product& p) {
+__device__ __forceinline__ void narrow_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int THREADS = CONSUMER_THREADS * TEAMS;
   // `warp` counts within the team.
@@ -177,14 +177,6 @@ __device__ __forceinline__ void narrow_product_of(const Product& p) {
     all_tiles<L, TEAMS>(p, part, ring, how, team, columns, parts, sums, padded_rows);
   }
   add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
-}
-
-template <class L, int NB>
-__device__ __forceinline__ void narrow_product(const Product& p) {
-  if (HOPPER && blockDim.x > CONSUMER_THREADS + 32)
-    narrow_product_of<L, NB, 2>(p);
-  else
-    narrow_product_of<L, NB, 1>(p);
 }
 
 }  // namespace taper

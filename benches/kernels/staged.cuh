@@ -13,6 +13,7 @@ struct Products {
   const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
   const void* single = nullptr;              // one column, where the layout has it
   const void* warpgroup_32 = nullptr;        // 17 to 32 columns likewise
+  const void *teams_8 = nullptr, *teams_16 = nullptr;  // two teams, where the layout has one otherwise
 };
 
 // The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
@@ -25,7 +26,7 @@ struct Kernels<Fixed> {
   static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;
   static Products products() {
     return {(void*)fixed_product_8, (void*)fixed_product_16, (void*)fixed_product_32, (void*)fixed_product_64,
-            (void*)fixed_warpgroup_64};
+            (void*)fixed_warpgroup_64, nullptr, nullptr, (void*)fixed_teams_8, (void*)fixed_teams_16};
   }
   static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
     fixed_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);
@@ -83,21 +84,34 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
   if (columns <= 16) {
-    const bool bytes = byte_products<L>() && columns <= 8;
-    const int teams = L::GROUP >= 16 ? taper::teams<L>(hopper) : hopper && bytes ? 2 : 1;
-    const auto shared = [&](int slots) {
+    int teams = taper::teams<L>(hopper);
+    const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE);
+    const auto least = [&](int teams) { return teams > 1 ? in_flight + teams : 3; };
+    const auto shared = [&](int slots, int teams, int slabs) {
       return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
     };
-    const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
-              least = teams > 1 ? std::min(in_flight, 2) + teams : 3;
-    while (shared(least) > limit) slabs++;
+    const auto fewest = [&](int teams) {
+      int slabs = 1;
+      while (shared(least(teams), teams, slabs) > limit && slabs < shape.stages) slabs++;
+      return slabs;
+    };
+    // Two teams gain where there are many columns, if their slots leave room for those, or few stages.
+    const auto gain = [&] {
+      return columns > 4 ? fewest(1) > 1 || fewest(2) == 1
+                         : shape.tiles * shape.stages <= 8 * device.multiprocessors;
+    };
+    const bool choose = hopper && kernels.teams_8 && gain();
+    if (choose) teams = 2;
+    slabs = fewest(teams);
     while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
     const int most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
-    p.slots = least, p.keep = tiles_kept(columns, teams);
-    while (p.slots < std::min(16, most) && shared(p.slots + 1) <= limit) p.slots++;
+    p.slots = least(teams), p.keep = tiles_kept(columns, teams);
+    launch.fits = shared(p.slots, teams, slabs) <= limit;
+    while (p.slots < std::min(16, most) && shared(p.slots + 1, teams, slabs) <= limit) p.slots++;
     p.in_flight = std::min(in_flight, p.slots - (teams > 1 ? teams : 0));
     launch.kernel = columns == 1 && kernels.single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
-    launch.block = CONSUMER_THREADS * teams + 32, launch.shared_bytes = shared(p.slots);
+    if (choose) launch.kernel = columns <= 8 ? kernels.teams_8 : kernels.teams_16;
+    launch.block = block_of(teams), launch.shared_bytes = shared(p.slots, teams, slabs);
   } else {
     slabs = shape.stages;
     p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
@@ -107,10 +121,6 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   }
   if (warpgroup)
     launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L, 8>(p.slots);
-  if (slabs > shape.stages) {
-    fprintf(stderr, "%d slabs of %d stages\n", slabs, shape.stages);
-    exit(1);
-  }
   launch.split(device, slabs, shape.tiles, columns);
   return launch;
 }
@@ -126,7 +136,7 @@ class Staged {
 
   static void prepare(const Device& device) {
     const Products p = Kernels<L>::products();
-    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup});
+    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup, p.teams_8, p.teams_16});
   }
   static bool has_warpgroups(const Device& device, int columns) {
     return columns > 32 && device.warpgroups && Kernels<L>::products().warpgroup;

@@ -87,8 +87,8 @@ impl Family {
         self != Family::Fixed
     }
 
-    /// Whether its weights are multiplied as bytes: `kernels/byte_product.cuh`.
-    pub fn bytes_on_tensor_cores(self) -> bool {
+    /// Whether its weights are integers that are multiplied as bytes: `kernels/byte_product.cuh`.
+    pub fn integers(self) -> bool {
         matches!(self, Family::Int8 | Family::Int5 | Family::Int4)
     }
 
@@ -138,10 +138,10 @@ pub(super) struct PackedKernels {
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
     /// have two for compute capability 9.0 and up to 32 and 64 columns, and those with groups one for exactly one column;
-    /// `fixed` has one for compute capability 9.0 and 64 columns.
+    /// `fixed` has one for compute capability 9.0 and 64 columns, and two for up to 8 and 16 with more warps.
     pub products: Vec<(CudaFunction, usize)>,
     /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
-    /// that for exactly one where there is one.
+    /// that for exactly one, or with more warps, where there is one.
     pub joined: Vec<CudaFunction>,
 }
 
@@ -176,11 +176,16 @@ impl PackedKernels {
             products.push(product(&1)?);
         }
         if family == Family::Fixed && hopper {
-            products.push(function(module, "fixed_warpgroup_64", shared)?);
+            for name in ["fixed_warpgroup_64", "fixed_teams_8", "fixed_teams_16"] {
+                products.push(function(module, name, shared)?);
+            }
         }
-        let joined: &[usize] = if family.groups() { &[8, 1] } else { &[8] };
-        let joined =
-            joined.iter().map(|columns| Ok(function(module, &format!("{prefix}_joined_{columns}"), shared)?.0));
+        let joined: &[&str] = match (family.groups(), family == Family::Fixed && hopper) {
+            (true, _) => &["joined_8", "joined_1"],
+            (_, true) => &["joined_8", "teams_joined_8"],
+            _ => &["joined_8"],
+        };
+        let joined = joined.iter().map(|name| Ok(function(module, &format!("{prefix}_{name}"), shared)?.0));
         let joined = joined.collect::<Result<_>>()?;
         Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
     }

@@ -76,25 +76,34 @@ impl LaunchShape {
         // `slot_bytes`, `teams` and `group_sums_bytes` of kernels/ring.cuh.
         let trailers = if family.blocks() && kernels.warpgroups { 1 } else { Family::UNITS };
         let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
-        // Up to eight columns of bytes: `kernels/byte_product.cuh`.
-        let bytes = family.bytes_on_tensor_cores() && columns <= 8;
-        let teams = if (family.blocks() || bytes) && kernels.warpgroups { 2 } else { 1 };
         let sums = family.group_sums_bytes();
         let shape = if let Some(shape) = LaunchShape::warpgroups(family, geometry, kernels, columns) {
             shape
         } else if columns <= 16 {
-            let keep = if columns <= 4 { 8 } else { 32 / columns } / teams;
-            let besides = |slabs: usize| {
+            // `teams` of kernels/ring.cuh.
+            let (in_flight, hopper) = (family.in_flight(), kernels.warpgroups);
+            let own = if hopper && (family.blocks() || family.integers()) { 2 } else { 1 };
+            let keep = |teams: usize| if columns <= 4 { 8 } else { 32 / columns } / teams;
+            let besides = |teams: usize, slabs: usize| {
                 let units = stages.div_ceil(slabs) * Family::UNITS;
                 let exact = columns * (units * (2 * UNIT_COLS + sums) + 64);
                 let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units * batch.div_ceil(8);
-                let activations = if bytes && parts < 3 { exact.max(planes) } else { exact };
-                256 + keep * columns * 512 * teams + activations
+                let activations = if family.integers() && parts < 3 && columns <= 8 { exact.max(planes) } else { exact };
+                256 + keep(teams) * columns * 512 * teams + activations
             };
-            // Teams take what is theirs in turn, so that slots must be more than what is on its way: `kernels/ring.cuh`.
-            let (in_flight, apart) = (family.in_flight(), if teams > 1 { teams } else { 0 });
-            let least = (in_flight.min(2) + apart).max(3);
-            let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
+            // Teams take stages in turn: slots must be more than what is on its way, see `Ring`.
+            let apart = |teams: usize| if teams > 1 { teams } else { 0 };
+            let least = |teams: usize| if teams > 1 { in_flight + teams } else { 3 };
+            let fewest =
+                |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
+            let (one, two) = (fewest(1), fewest(2));
+            // Two teams of `fixed` gain where there are many columns, if their slots leave room for those, or few stages.
+            let gain = family == Family::Fixed
+                && hopper
+                && two.is_some()
+                && if columns > 4 { one > Some(1) || two == Some(1) } else { tiles * stages <= 8 * processors };
+            let teams = if gain { 2 } else { own };
+            let mut slabs = if teams > 1 { two } else { one }?;
             while tiles * slabs * 2 <= processors && slabs < stages {
                 slabs += 1;
             }
@@ -103,16 +112,17 @@ impl LaunchShape {
                 (_, true) => 3 * in_flight,
                 _ => 2 * in_flight,
             };
-            let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(least, 16);
+            let (least, besides) = (least(teams), besides(teams, slabs));
+            let slots = ((room - besides) / slot).min(wanted).clamp(least, 16);
             LaunchShape {
-                kernel,
+                kernel: if gain { kernel + TEAMS } else { kernel },
                 groups: tiles.min((processors / slabs).max(1)),
                 slabs,
                 threads: 256 * teams as u32 + 32,
-                shared: slots * slot + besides(slabs),
+                shared: slots * slot + besides,
                 slots,
-                in_flight: in_flight.min(slots - apart),
-                keep,
+                in_flight: in_flight.min(slots - apart(teams)),
+                keep: keep(teams),
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
@@ -239,12 +249,15 @@ impl LaunchShape {
 /// 32 and for 64 columns of block formats, which a product for a single column may follow.
 const WARPGROUPS: usize = 4;
 const SINGLE: usize = 6;
+/// From the products for 8 and 16 columns of `fixed` to those with two teams.
+const TEAMS: usize = 5;
 
 /// The number of a kernel's counterpart for several matrices, among those of a layout.
 pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
     match kernel {
         0 => Some(0),
         SINGLE if family.groups() => Some(1),
+        TEAMS if family == Family::Fixed => Some(1),
         _ => None,
     }
 }
