@@ -57,19 +57,18 @@ struct PlaneColumns {
     if constexpr (PAIR) {
       const float scale = lds_float(planes.scale(unit, row_of(0, lane))) * byte_scale;
 #pragma unroll
-      for (int h = 0; h < 2; h++)
-        c[h] = fmaf(scale, fmaf(factor[0], d[0][2 * h], factor[1] * d[0][2 * h + 1]), c[h]);
+      for (int h = 0; h < 2; h++) c[h] = fmaf(scale, fmaf(factor[0], d[0][2 * h], factor[1] * d[0][2 * h + 1]), c[h]);
     } else {
 #pragma unroll
       for (int nb = 0; nb < NB; nb++) {
         const uint2 bits = lds64(planes.scale(unit, row_of(4 * nb, lane)));
         const float scale[2] = {__uint_as_float(bits.x) * byte_scale, __uint_as_float(bits.y) * byte_scale};
-        const int(*planes_of)[4] = d + PLANES * nb;
+        const int (*planes_of)[4] = d + PLANES * nb;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          c[4 * nb + i] = fmaf(scale[i & 1],
-                               fmaf(65536.0f, planes_of[0][i], fmaf(256.0f, planes_of[1][i], planes_of[2][i])),
-                               c[4 * nb + i]);
+          c[4 * nb + i] =
+              fmaf(scale[i & 1], fmaf(65536.0f, planes_of[0][i], fmaf(256.0f, planes_of[1][i], planes_of[2][i])),
+                   c[4 * nb + i]);
       }
     }
     const bool mine = lane < ENTRIES ? repairs_unit(entry, u) : entry != 0;
@@ -102,8 +101,8 @@ struct PlaneColumns {
       j = slot >> 9, g = slot >> 5 & 7, t = slot >> 3 & 3, h = p & 1, kk = 2 * (p >> 1) + (slot & 1);
     }
   };
-  // What the repaired weight meets in row m. From 2^10 on planes have it exactly; what is less beside a larger value may
-  // still be all that matters, if the weight is large.
+  // What the repaired weight meets in row m. From 2^10 on planes have it exactly; what is less beside a larger value
+  // may still be all that matters, if the weight is large.
   __device__ __forceinline__ float activation(const Product& p, int m, int unit, int col, const Repair& r) const {
     const uint32_t from = planes.row(m) + unit * PLANE_UNIT + 64 * (r.j / 2) + 16 * r.t + 8 * (r.j & 1) +
                           ((r.kk & 4) | (r.kk & 1) << 1 | (r.kk >> 1 & 1));

@@ -1,6 +1,7 @@
 // Layouts `int8`, `int5`, `int4`: matrices of small integers times scales, as INT8 and rate-coded tensors are.
 //
-//   unit   Bytes in the A order of m16n8k32, whose four registers of vector j are i = 2 (kk/4) + h; byte place(kk % 4) of
+//   unit   Bytes in the A order of m16n8k32, whose four registers of vector j are i = 2 (kk/4) + h; byte place(kk % 4)
+//   of
 //          one is column kk, place = 0, 2, 1, 3 (see planes.cuh).
 //          int8  2048 bytes: register i of vector j at 512 j + 16 lane + 4 i (-128..127)
 //          int4  1024 bytes (-8..7): the same at 512 (j/2) + 16 lane + 4 i, vectors of even j in the low halves of its
@@ -11,8 +12,8 @@
 //
 // All are two's complement. As bytes for integer products they are the integer times L::SHIFTED: a half byte is put
 // where a byte has its upper bits, so nothing is to be subtracted. As bf16 they are placed in the mantissa of 128, and
-// one packed addition takes away what they are too large by. Integers out of range, and values that are none (escapes of
-// rate-coded tensors, divided by their scale), are repairs, as bf16.
+// one packed addition takes away what they are too large by. Integers out of range, and values that are none (escapes
+// of rate-coded tensors, divided by their scale), are repairs, as bf16.
 //
 // Budget per weight: as bytes int8 nothing, int4 0.4, int5 0.9; as bf16, per pair: int8 shift, 2 LOP3, HFMA2: 1.75;
 // int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.

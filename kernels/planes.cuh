@@ -1,15 +1,15 @@
 // Activations as planes of signed bytes, for products of bytes on tensor cores (m16n8k32).
 //
-// The 128 columns of a unit in one row of x share a power of two s: x = s * (65536 a + 256 b + c), a, b, c in -128..127.
-// That is a number of 23 bits, signed: bf16 values down to 2^-14 and f16 values down to 2^-11 of the group's largest are
-// exact, others off by at most 2^-22 of it. Sums of products with bytes are exact integers.
+// The 128 columns of a unit in one row of x share a power of two s: x = s * (65536 a + 256 b + c), a, b, c in
+// -128..127. That is a number of 23 bits, signed: bf16 values down to 2^-14 and f16 values down to 2^-11 of the group's
+// largest are exact, others off by at most 2^-22 of it. Sums of products with bytes are exact integers.
 //
 //   row of x   three planes, that of a first, each with a byte a column, `plane_stride` bytes apart
 //   unit       128 bytes of a plane: column 32 j + 8 t + kk is at 64 (j/2) + 16 t + 8 (j%2) + place_in_plane(kk), so
 //              that a lane's 16 bytes are its B fragments of two vectors
 //
-// Within four columns the order is 0, 2, 1, 3: so weights that are bytes in the same order become pairs for bf16 products
-// with one shift.
+// Within four columns the order is 0, 2, 1, 3: so weights that are bytes in the same order become pairs for bf16
+// products with one shift.
 #pragma once
 #include "activations.cuh"
 
@@ -25,12 +25,15 @@ __host__ __device__ constexpr int planes_bytes(int width, int batch) {
 }
 __host__ __device__ constexpr int place_in_plane(int kk) { return (kk & 4) | (kk & 1) << 1 | (kk >> 1 & 1); }
 
-// Where a block keeps the planes of its activations: for each unit the factors s of up to 8 or 16 rows of x, then planes.
+// Where a block keeps the planes of its activations: for each unit the factors s of up to 8 or 16 rows of x, then
+// planes.
 struct Planes {
   uint32_t scales, rows;
   int stride, eights;  // bytes between planes; eights of rows
   __device__ Planes(uint32_t at, int width, int batch)
-      : scales(at), rows(at + width / PLANE_UNIT * ((batch + 7) / 8 * 32)), stride(plane_stride(width)),
+      : scales(at),
+        rows(at + width / PLANE_UNIT * ((batch + 7) / 8 * 32)),
+        stride(plane_stride(width)),
         eights((batch + 7) / 8) {}
   __device__ uint32_t row(int m) const { return rows + m * PLANES * stride; }
   __device__ uint32_t scale(int unit, int m) const { return scales + (unit * eights * 8 + m) * 4; }
@@ -72,8 +75,8 @@ __device__ __forceinline__ void put_planes(uint32_t to, int stride, const uint4&
 }
 
 // Fills planes from columns first.. of x, bf16, or f16 if HALVES; columns at and past `cols` become zero. Called by
-// THREADS threads; the caller puts a barrier behind. True if a value of this lane's is not finite or 2^101 and more: then
-// the planes are not to be used.
+// THREADS threads; the caller puts a barrier behind. True if a value of this lane's is not finite or 2^101 and more:
+// then the planes are not to be used.
 template <int THREADS, bool HALVES>
 __device__ __forceinline__ bool make_planes(const Planes& planes, const void* x, int x_stride, int batch, int cols,
                                             int first, int width, int tid) {

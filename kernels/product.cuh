@@ -55,8 +55,7 @@ struct Bf16Columns {
   __device__ __forceinline__ void multiply(const Product& p, uint32_t at, uint32_t trailer, int u, int lane, int unit,
                                            int) {
     multiply_unit<L, NB>(at, trailer, u, lane, p.overflow, c0, c1, [&](int j, int nb) {
-      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3])
-                     : lds_fragment<L>(x_row[nb] + unit * (UNIT_COLS * 2) + j * 64);
+      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + unit * (UNIT_COLS * 2) + j * 64);
     });
   }
   // The tile's sums to mine[column][row] in shared memory; zero again.
@@ -145,8 +144,8 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
     if (p.x_type != F32) {
       const Planes planes(xs, width, p.batch);
       const auto make = [&](auto halves) {
-        return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols,
-                                                             part.first_col(), part.width(), tid);
+        return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols, part.first_col(),
+                                                             part.width(), tid);
       };
       const bool large = p.x_type == F16 ? make(std::true_type()) : make(std::false_type());
       done = !bar_any<1, THREADS>(large);

@@ -49,9 +49,9 @@ __host__ __device__ constexpr bool byte_products() {
     return false;
 }
 
-// Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that wait
-// for one another: a second team hides that, and halves the time that preparing activations takes; a third gains nothing.
-// Layout `fixed` has products with either.
+// Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that
+// wait for one another: a second team hides that, and halves the time that preparing activations takes; a third gains
+// nothing. Layout `fixed` has products with either.
 template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
   return (L::GROUP >= 16 || byte_products<L>()) && hopper ? 2 : 1;

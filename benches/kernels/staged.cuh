@@ -9,10 +9,10 @@ namespace bench {
 using namespace taper;
 
 struct Products {
-  const void *to_8, *to_16, *to_32, *to_64;  // by columns of activations
-  const void* warpgroup;                     // 33 to 64 columns on Hopper, where the layout has it
-  const void* single = nullptr;              // one column, where the layout has it
-  const void* warpgroup_32 = nullptr;        // 17 to 32 columns likewise
+  const void *to_8, *to_16, *to_32, *to_64;            // by columns of activations
+  const void* warpgroup;                               // 33 to 64 columns on Hopper, where the layout has it
+  const void* single = nullptr;                        // one column, where the layout has it
+  const void* warpgroup_32 = nullptr;                  // 17 to 32 columns likewise
   const void *teams_8 = nullptr, *teams_16 = nullptr;  // two teams, where the layout has one otherwise
 };
 
@@ -25,8 +25,15 @@ struct Kernels<Fixed> {
   static constexpr const char* NAME = "fixed";
   static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;
   static Products products() {
-    return {(void*)fixed_product_8, (void*)fixed_product_16, (void*)fixed_product_32, (void*)fixed_product_64,
-            (void*)fixed_warpgroup_64, nullptr, nullptr, (void*)fixed_teams_8, (void*)fixed_teams_16};
+    return {(void*)fixed_product_8,
+            (void*)fixed_product_16,
+            (void*)fixed_product_32,
+            (void*)fixed_product_64,
+            (void*)fixed_warpgroup_64,
+            nullptr,
+            nullptr,
+            (void*)fixed_teams_8,
+            (void*)fixed_teams_16};
   }
   static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
     fixed_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);
@@ -97,8 +104,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     };
     // Two teams gain where there are many columns, if their slots leave room for those, or few stages.
     const auto gain = [&] {
-      return columns > 4 ? fewest(1) > 1 || fewest(2) == 1
-                         : shape.tiles * shape.stages <= 8 * device.multiprocessors;
+      return columns > 4 ? fewest(1) > 1 || fewest(2) == 1 : shape.tiles * shape.stages <= 8 * device.multiprocessors;
     };
     const bool choose = hopper && kernels.teams_8 && gain();
     if (choose) teams = 2;
