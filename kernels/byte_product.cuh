@@ -6,11 +6,11 @@
 
 namespace taper {
 
-// Up to 8 rows of x: three products for each eight, which have one plane each; NB eights. PAIR: up to two rows, whose
-// planes are columns of one product, those of row m from column 4 m on; so lanes t = 2 m and 2 m + 1 share its sums.
-template <class L, int NB, bool PAIR>
+// Up to 8 rows of x: three products, one with each plane of all. PAIR: up to two rows, whose planes are columns of one
+// product, those of row m from column 4 m on; so lanes t = 2 m and 2 m + 1 share its sums.
+template <class L, bool PAIR>
 struct PlaneColumns {
-  static constexpr int PRODUCTS = PAIR ? 1 : NB * PLANES, OWN = PAIR ? 2 : NB * 4;
+  static constexpr int PRODUCTS = PAIR ? 1 : PLANES, OWN = PAIR ? 2 : 4;
   const Planes planes;
   uint32_t x_at[PRODUCTS];
   float factor[2];  // PAIR: of the lane's two planes
@@ -22,15 +22,16 @@ struct PlaneColumns {
 #pragma unroll
     for (int i = 0; i < PRODUCTS; i++)
       x_at[i] = (PAIR ? planes.row(min(g >> 2, batch - 1)) + min(g & 3, PLANES - 1) * planes.stride
-                      : planes.row(min(i / PLANES * 8 + g, batch - 1)) + i % PLANES * planes.stride) +
+                      : planes.row(min(g, batch - 1)) + i * planes.stride) +
                 t * 16;
     factor[0] = t & 1 ? 1 : 65536, factor[1] = t & 1 ? 0 : 256;
   }
   __device__ __forceinline__ void prefetch(int) {}
-  // The row of x of sum c[i].
+  // The row of x, and the half of the tile's rows, of sum c[i].
   __device__ __forceinline__ static int row_of(int i, int lane) {
-    return PAIR ? (lane & 3) >> 1 : i / 4 * 8 + 2 * (lane & 3) + i % 2;
+    return PAIR ? (lane & 3) >> 1 : 2 * (lane & 3) + i % 2;
   }
+  __device__ __forceinline__ static int half_of(int i) { return PAIR ? i : i >> 1; }
   // c += unit u of a stage, the slab's unit `unit`, whose first column is `col`.
   __device__ __forceinline__ void multiply(const Product& p, uint32_t at, uint32_t trailer, int u, int lane, int unit,
                                            int col) {
@@ -54,22 +55,19 @@ struct PlaneColumns {
           mma_s8(d[i], a[0], a[1], a[2], a[3], j ? b[i].z : b[i].x, j ? b[i].w : b[i].y);
       }
     }
+    // The power of two first: it is exact, and nothing overflows that the exact product would not.
     if constexpr (PAIR) {
-      const float scale = lds_float(planes.scale(unit, row_of(0, lane))) * byte_scale;
+      const float s = lds_float(planes.scale(unit, row_of(0, lane)));
 #pragma unroll
-      for (int h = 0; h < 2; h++) c[h] = fmaf(scale, fmaf(factor[0], d[0][2 * h], factor[1] * d[0][2 * h + 1]), c[h]);
+      for (int h = 0; h < 2; h++)
+        c[h] = fmaf(byte_scale, s * fmaf(factor[0], d[0][2 * h], factor[1] * d[0][2 * h + 1]), c[h]);
     } else {
+      const uint2 both = lds64(planes.scale(unit, row_of(0, lane)));
 #pragma unroll
-      for (int nb = 0; nb < NB; nb++) {
-        const uint2 bits = lds64(planes.scale(unit, row_of(4 * nb, lane)));
-        const float scale[2] = {__uint_as_float(bits.x) * byte_scale, __uint_as_float(bits.y) * byte_scale};
-        const int (*planes_of)[4] = d + PLANES * nb;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          c[4 * nb + i] =
-              fmaf(scale[i & 1], fmaf(65536.0f, planes_of[0][i], fmaf(256.0f, planes_of[1][i], planes_of[2][i])),
-                   c[4 * nb + i]);
-      }
+      for (int i = 0; i < 4; i++)
+        c[i] = fmaf(byte_scale,
+                    __uint_as_float(i % 2 ? both.y : both.x) * fmaf(65536.0f, d[0][i], fmaf(256.0f, d[1][i], d[2][i])),
+                    c[i]);
     }
     const bool mine = lane < ENTRIES ? repairs_unit(entry, u) : entry != 0;
     if (__any_sync(~0u, mine)) repair(p, entry, trailer, u, lane, unit, col, unit_scale);
@@ -86,8 +84,8 @@ struct PlaneColumns {
         if (lane >> 2 != r.g || (PAIR && lane & 1)) continue;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-          const int m = row_of(i, lane), h = PAIR ? i : i >> 1 & 1;
-          if (m < p.batch && h == r.h) c[i] += unit_scale * r.value * activation(p, m, unit, col, r);
+          const int m = row_of(i, lane);
+          if (m < p.batch && half_of(i) == r.h) c[i] += unit_scale * r.value * activation(p, m, unit, col, r);
         }
       }
     }
@@ -104,8 +102,8 @@ struct PlaneColumns {
   // What the repaired weight meets in row m. From 2^10 on planes have it exactly; what is less beside a larger value
   // may still be all that matters, if the weight is large.
   __device__ __forceinline__ float activation(const Product& p, int m, int unit, int col, const Repair& r) const {
-    const uint32_t from = planes.row(m) + unit * PLANE_UNIT + 64 * (r.j / 2) + 16 * r.t + 8 * (r.j & 1) +
-                          ((r.kk & 4) | (r.kk & 1) << 1 | (r.kk >> 1 & 1));
+    const uint32_t from =
+        planes.row(m) + unit * PLANE_UNIT + 64 * (r.j / 2) + 16 * r.t + 8 * (r.j & 1) + place_in_plane(r.kk);
     const int n = (int)(int8_t)lds8(from) * 65536 + (int)(int8_t)lds8(from + planes.stride) * 256 +
                   (int)(int8_t)lds8(from + 2 * planes.stride);
     if (abs(n) >= 1024) return lds_float(planes.scale(unit, m)) * n;
@@ -115,9 +113,10 @@ struct PlaneColumns {
   __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-      const int m = row_of(i, lane), h = PAIR ? i : i >> 1 & 1;
+      const int m = row_of(i, lane);
       if (PAIR) c[i] += __shfl_xor_sync(~0u, c[i], 1);
-      if (m < columns && !(PAIR && lane & 1)) sts_float(mine + (m * TILE_ROWS + (lane >> 2) + 8 * h) * 4, c[i]);
+      if (m < columns && !(PAIR && lane & 1))
+        sts_float(mine + (m * TILE_ROWS + (lane >> 2) + 8 * half_of(i)) * 4, c[i]);
       c[i] = 0;
     }
   }

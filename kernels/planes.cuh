@@ -15,28 +15,24 @@
 
 namespace taper {
 
-constexpr int PLANES = 3, PLANE_UNIT = 128;
+constexpr int PLANES = 3, PLANE_UNIT = 128, PLANE_ROWS = 8;
 
 __host__ __device__ constexpr int plane_stride(int width) {
   return width + 64;  // + 64: neighbouring rows of x start in different banks
 }
 __host__ __device__ constexpr int planes_bytes(int width, int batch) {
-  return batch * PLANES * plane_stride(width) + width / PLANE_UNIT * ((batch + 7) / 8 * 32);
+  return width / PLANE_UNIT * PLANE_ROWS * 4 + batch * PLANES * plane_stride(width);
 }
 __host__ __device__ constexpr int place_in_plane(int kk) { return (kk & 4) | (kk & 1) << 1 | (kk >> 1 & 1); }
 
-// Where a block keeps the planes of its activations: for each unit the factors s of up to 8 or 16 rows of x, then
-// planes.
+// Where a block keeps the planes of up to 8 rows of x: for each unit the factors s of its rows, then planes.
 struct Planes {
   uint32_t scales, rows;
-  int stride, eights;  // bytes between planes; eights of rows
-  __device__ Planes(uint32_t at, int width, int batch)
-      : scales(at),
-        rows(at + width / PLANE_UNIT * ((batch + 7) / 8 * 32)),
-        stride(plane_stride(width)),
-        eights((batch + 7) / 8) {}
+  int stride;  // bytes between planes
+  __device__ Planes(uint32_t at, int width)
+      : scales(at), rows(at + width / PLANE_UNIT * PLANE_ROWS * 4), stride(plane_stride(width)) {}
   __device__ uint32_t row(int m) const { return rows + m * PLANES * stride; }
-  __device__ uint32_t scale(int unit, int m) const { return scales + (unit * eights * 8 + m) * 4; }
+  __device__ uint32_t scale(int unit, int m) const { return scales + (unit * PLANE_ROWS + m) * 4; }
 };
 
 // Eight bf16 or f16 values, those past the row's end zeros.

@@ -3,9 +3,12 @@
 //
 // Work split   one block per SM takes a run of whole tiles (16 rows) and one of `slabs` slabs of the columns, cut at
 //              stages.
-// Warps        8 consumers, warp w takes unit w of every stage; 1 producer that keeps a ring of stages filled (sm_90:
-//              one bulk copy a stage and mbarriers; before: each consumer copies its own units with cp.async and the
-//              producer idles).
+// Warps        TEAMS teams of 8 consumers, which take the block's tiles in turn: warp w takes unit w of every stage; 1
+//              producer that keeps a ring of stages filled (sm_90: one bulk copy a stage and mbarriers; before: each
+//              consumer copies its own units with cp.async and the producer idles). It begins before the consumers do.
+// Products     of bf16; layouts of integers multiply up to 8 columns as bytes (byte_product.cuh), unless activations
+// are
+//              f32, not finite or huge.
 // Budget       per weight at 12 bits and 4.5 TB/s: 9 thread-instructions. Spent, by layout: see the layout's file.
 // In flight    48 KB an SM; more is slower (the copies of an SM share its bandwidth, so all of them arrive late). The
 //              ring holds more, so that it can go on filling while the block still waits for the activations.
@@ -13,13 +16,14 @@
 //              run to run.
 // Non-finite   Products are those of the exact weights, so infinities and NaN come out as in the exact product.
 //
-// Launch       grid groups * slabs, block 288, dynamic shared memory product_shared_bytes(..)
+// Launch       grid groups * slabs, block block_of(TEAMS), dynamic shared memory product_shared_bytes(..)
 //              groups      min(tiles, SMs / slabs)
 //              slabs       the fewest whose shared memory fits; more while 2 * tiles * slabs <= SMs and slabs < stages
 //              columns     batch * parts <= 8 for _8, <= 16 for _16; parts: 1 for bf16, 2 for f16, 3 for f32
 //                          activations
-//              in_flight   48 KB in stages, to the nearest; slots: as many as fit from 3 to 2 * in_flight, to 3 *
-//                          in_flight with programmatic launch; keep: tiles_kept(columns)
+//              in_flight   48 KB in stages, to the nearest; slots: as many as fit, to 2 * in_flight, to 3 * in_flight
+//                          with programmatic launch; at least 3, with two teams 2 more than are in flight, which may be
+//                          as few as have 32 KB; keep: tiles_kept(columns, TEAMS)
 //              partial     slabs * batch * tiles * 16 floats; arrived: `groups` zeroed words, zero again at the end;
 //                          neither if slabs = 1
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel
@@ -36,7 +40,7 @@ namespace taper {
 // Activations as columns of bf16: exact whatever they are.
 template <class L, int NB>
 struct Bf16Columns {
-  uint32_t x_row[NB];
+  uint32_t x_row[NB], at = 0;
   uint4 x[4];
   float c0[NB][4] = {}, c1[NB][4] = {};
 
@@ -46,16 +50,17 @@ struct Bf16Columns {
     for (int nb = 0; nb < NB; nb++)
       x_row[nb] = xs + min(8 * nb + (lane >> 2), columns - 1) * stride + (lane & 3) * lane_bytes<L>();
   }
-  // Before the unit's weights are waited for: unit `unit` of the slab's.
+  // Before the weights of the slab's unit `unit` are waited for.
   __device__ __forceinline__ void prefetch(int unit) {
+    at = unit * (UNIT_COLS * 2);
     if constexpr (NB == 1)
 #pragma unroll
-      for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + unit * (UNIT_COLS * 2) + j * 64);
+      for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
   }
-  __device__ __forceinline__ void multiply(const Product& p, uint32_t at, uint32_t trailer, int u, int lane, int unit,
+  __device__ __forceinline__ void multiply(const Product& p, uint32_t unit_at, uint32_t trailer, int u, int lane, int,
                                            int) {
-    multiply_unit<L, NB>(at, trailer, u, lane, p.overflow, c0, c1, [&](int j, int nb) {
-      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + unit * (UNIT_COLS * 2) + j * 64);
+    multiply_unit<L, NB>(unit_at, trailer, u, lane, p.overflow, c0, c1, [&](int j, int nb) {
+      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
     });
   }
   // The tile's sums to mine[column][row] in shared memory; zero again.
@@ -119,8 +124,11 @@ template <class L, int NB, int TEAMS>
 __device__ __forceinline__ void narrow_product(const Product& p) {
   extern __shared__ __align__(128) uint8_t memory[];
   constexpr int THREADS = CONSUMER_THREADS * TEAMS;
-  // `warp` counts within the team.
-  const int tid = threadIdx.x, lane = tid & 31, team = tid / CONSUMER_THREADS, warp = tid / 32 % CONSUMERS;
+  // `warp` counts within the team. One team is 0 for the compiler too, which so finds more that all lanes have in
+  // common.
+  const bool producer = threadIdx.x >= THREADS;
+  const int tid = threadIdx.x, lane = tid & 31, team = TEAMS == 1 ? 0 : tid / CONSUMER_THREADS,
+            warp = tid / 32 % CONSUMERS;
   const Part<L> part(p);
   const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS;
   const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
@@ -128,7 +136,7 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
                  xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
   const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
   Ring<L, TEAMS> ring(p, ring_at, bars);
-  if (team == TEAMS) {
+  if (producer) {
     ring.init(lane);
     __syncwarp();
     bar_arrive<0, THREADS + 32>();
@@ -142,7 +150,7 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
   bool done = false;
   if constexpr (byte_products<L>() && NB == 1) {
     if (p.x_type != F32) {
-      const Planes planes(xs, width, p.batch);
+      const Planes planes(xs, width);
       const auto make = [&](auto halves) {
         return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols, part.first_col(),
                                                              part.width(), tid);
@@ -155,9 +163,9 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
           all_tiles<L, TEAMS>(p, part, ring, how, team, p.batch, 1, sums, padded_rows);
         };
         if (p.batch <= 2)
-          multiply(PlaneColumns<L, 1, true>(planes, p.batch, lane));
+          multiply(PlaneColumns<L, true>(planes, p.batch, lane));
         else
-          multiply(PlaneColumns<L, 1, false>(planes, p.batch, lane));
+          multiply(PlaneColumns<L, false>(planes, p.batch, lane));
       }
     }
   }

@@ -93,7 +93,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   if (columns <= 16) {
     int teams = taper::teams<L>(hopper);
     const int wanted = L::GROUP < 16 ? 49152 : 27648, in_flight = std::max(1, (wanted + STAGE / 2) / STAGE);
-    const auto least = [&](int teams) { return teams > 1 ? in_flight + teams : 3; };
+    const auto least = [&](int teams) { return teams > 1 ? std::min(in_flight, ceil_div(32768, STAGE)) + teams : 3; };
     const auto shared = [&](int slots, int teams, int slabs) {
       return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
     };

@@ -87,13 +87,14 @@ impl LaunchShape {
             let besides = |teams: usize, slabs: usize| {
                 let units = stages.div_ceil(slabs) * Family::UNITS;
                 let exact = columns * (units * (2 * UNIT_COLS + sums) + 64);
-                let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units * batch.div_ceil(8);
+                let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
                 let activations = if family.integers() && parts < 3 && columns <= 8 { exact.max(planes) } else { exact };
                 256 + keep(teams) * columns * 512 * teams + activations
             };
             // Teams take stages in turn: slots must be more than what is on its way, see `Ring`.
             let apart = |teams: usize| if teams > 1 { teams } else { 0 };
-            let least = |teams: usize| if teams > 1 { in_flight + teams } else { 3 };
+            let few = in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
+            let least = |teams: usize| if teams > 1 { few + teams } else { 3 };
             let fewest =
                 |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
             let (one, two) = (fewest(1), fewest(2));
