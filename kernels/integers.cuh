@@ -1,18 +1,25 @@
 // Layouts `int8`, `int5`, `int4`: matrices of small integers times scales, as INT8 and rate-coded tensors are.
 //
-//   unit   int8  2048 bytes: byte 512 j + 16 lane + 2 kk + h, sign and magnitude (-127..127)
-//          int5  1024 bytes of low halves, then 256 bytes of high bits (-16..15);  int4  1024 bytes (-8..7). The
-//                integer plus 16 or 8: low halves as the codes of `fixed`; high bit of register p of vector j: bits 8
-//                (j%2) + p and 16 more of the word at 1024 + 8 lane + 4 (j/2)
+//   unit   Bytes in the A order of m16n8k32, whose four registers of vector j are i = 2 (kk/4) + h; byte place(kk % 4)
+//   of
+//          one is column kk, place = 0, 2, 1, 3 (see planes.cuh).
+//          int8  2048 bytes: register i of vector j at 512 j + 16 lane + 4 i (-128..127)
+//          int4  1024 bytes (-8..7): the same at 512 (j/2) + 16 lane + 4 i, vectors of even j in the low halves of its
+//                bytes, the others in the high ones
+//          int5  the upper four bits of each as int4, then 256 bytes of lowest bits (-16..15): bit 4 (j%2) + i of each
+//                byte of the word at 1024 + 8 lane + 4 (j/2)
 //   stage  8 units, trailer of 128 bytes: EXTRA is a scale (f32) for each unit, then 8 bytes unused
 //
-// An integer of at most 8 bits is exact in bf16. Placed in the mantissa of 128 it is 128 + n, and one packed addition
-// takes the 128 away. Integers out of range, and values that are none (escapes of rate-coded tensors, divided by their
-// scale), are repairs, as bf16.
+// All are two's complement. As bytes for integer products they are the integer times L::SHIFTED: a half byte is put
+// where a byte has its upper bits, so nothing is to be subtracted. As bf16 they are placed in the mantissa of 128, and
+// one packed addition takes away what they are too large by. Integers out of range, and values that are none (escapes
+// of rate-coded tensors, divided by their scale), are repairs, as bf16.
 //
-// Budget per pair: int8 PRMT, 2 LOP3, HFMA2: 2.0 a weight; int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.
+// Budget per weight: as bytes int8 nothing, int4 0.4, int5 0.9; as bf16, per pair: int8 shift, 2 LOP3, HFMA2: 1.75;
+// int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.
 #pragma once
 #include "dense.cuh"
+#include "planes.cuh"
 
 namespace taper {
 
@@ -37,19 +44,25 @@ struct Integers {
 };
 
 struct Int8 : Integers {
-  static constexpr int UNIT_BYTES = 2048, LOWEST = -127, HIGHEST = 127;
+  static constexpr int UNIT_BYTES = 2048, LOWEST = -128, HIGHEST = 127, SHIFTED = 1;
   struct Unit {
-    uint4 bytes[4];
+    uint4 words[4];
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) bytes[j] = lds128(at + 512 * j + lane * 16);
+      for (int j = 0; j < 4; j++) words[j] = lds128(at + 512 * j + lane * 16);
     }
+    // Vector j as bytes.
+    __device__ __forceinline__ void bytes(int j, uint32_t (&a)[4]) const {
+      a[0] = words[j].x, a[1] = words[j].y, a[2] = words[j].z, a[3] = words[j].w;
+    }
+    // Vector j as bf16.
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
-      const uint32_t s[4] = {bytes[j].x, bytes[j].y, bytes[j].z, bytes[j].w};
+      uint32_t w[4];
+      bytes(j, w);
 #pragma unroll
       for (int p = 0; p < 8; p++) {
-        const uint32_t twice = __byte_perm(s[p / 2], 0, p & 1 ? 0x3311 : 0x2200);
-        a[p] = add_bf16x2((twice & 0x807F807Fu) | 0x43004300u, (twice & 0x80008000u) ^ 0xC300C300u);
+        const uint32_t pair = w[2 * (p / 4) + p % 2] >> 8 * (p / 2 % 2);
+        a[p] = add_bf16x2((pair & 0x007F007Fu) | 0x43004300u, (pair & 0x00800080u) | 0xC300C300u);
       }
     }
   };
@@ -60,8 +73,8 @@ struct Int8 : Integers {
       uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int i = 0; i < 16; i++) {
-        const int h = i >> 3, kk = i & 7, v = n[j][i];
-        w[kk / 2] |= (uint32_t)(v < 0 ? 0x80 | -v : v) << 8 * (2 * (kk & 1) + h);
+        const int h = i >> 3, place = place_in_plane(i & 7);
+        w[2 * (place / 4) + h] |= (uint32_t)(n[j][i] & 255) << 8 * (place % 4);
       }
       ((uint4*)unit)[32 * j + lane] = make_uint4(w[0], w[1], w[2], w[3]);
     }
@@ -71,41 +84,55 @@ struct Int8 : Integers {
 template <int BITS>
 struct IntN : Integers {
   static_assert(BITS == 4 || BITS == 5, "");
-  static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1;
+  static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1,
+                       SHIFTED = 1 << (8 - BITS);
   struct Unit {
-    uint4 low[2];
-    uint2 high;
+    uint4 upper[2];
+    uint2 lowest;
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
-      low[0] = lds128(at + lane * 16), low[1] = lds128(at + 512 + lane * 16);
-      if (BITS == 5) high = lds64(at + 1024 + lane * 8);
+      upper[0] = lds128(at + lane * 16), upper[1] = lds128(at + 512 + lane * 16);
+      if (BITS == 5) lowest = lds64(at + 1024 + lane * 8);
+    }
+    __device__ __forceinline__ void bytes(int j, uint32_t (&a)[4]) const {
+      const uint32_t w[4] = {upper[j / 2].x, upper[j / 2].y, upper[j / 2].z, upper[j / 2].w},
+                     bits = j < 2 ? lowest.x : lowest.y;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        a[i] = (j % 2 ? w[i] : w[i] << 4) & 0xF0F0F0F0u;
+        const int at = 4 * (j % 2) + i;
+        if (BITS == 5) a[i] |= (at < 3 ? bits << (3 - at) : bits >> (at - 3)) & 0x08080808u;
+      }
     }
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
-      const uint4 c = low[j / 2];
-      const uint32_t bits = j < 2 ? high.x : high.y;
+      const uint32_t w[4] = {upper[j / 2].x, upper[j / 2].y, upper[j / 2].z, upper[j / 2].w},
+                     bits = j < 2 ? lowest.x : lowest.y;
 #pragma unroll
       for (int p = 0; p < 8; p++) {
-        const uint32_t word = j % 2 == 0 ? (p < 4 ? c.x : c.y) : (p < 4 ? c.z : c.w);
-        uint32_t n = (word >> 4 * (p & 3) & 0x000F000Fu) | 0x43004300u;
-        const int at = 8 * (j & 1) + p;
-        if (BITS == 5) n |= (at < 4 ? bits << (4 - at) : bits >> (at - 4)) & 0x00100010u;
-        a[p] = add_bf16x2(n, BITS == 5 ? 0xC310C310u : 0xC308C308u);
+        const int i = 2 * (p / 4) + p % 2, down = 4 * (j % 2) + 8 * (p / 2 % 2);
+        if (BITS == 4) {
+          a[p] = add_bf16x2((w[i] >> down & 0x000F000Fu) ^ 0x43084308u, 0xC308C308u);
+        } else {
+          const uint32_t n = (down ? w[i] >> (down - 1) : w[i] << 1) & 0x001E001Eu,
+                         low = bits >> (4 * (j % 2) + i + 8 * (p / 2 % 2)) & 0x00010001u;
+          a[p] = add_bf16x2((n ^ 0x43104310u) | low, 0xC310C310u);
+        }
       }
     }
   };
   __device__ __forceinline__ static void store(uint8_t* unit, int lane, const int (&n)[4][16]) {
-    uint32_t low[8] = {}, high[2] = {};
+    uint32_t upper[8] = {}, lowest[2] = {};
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int i = 0; i < 16; i++) {
-        const int h = i >> 3, kk = i & 7, p = 2 * (kk / 2) + h, half = 16 * (kk & 1);
-        const uint32_t v = n[j][i] - LOWEST;
-        low[2 * j + p / 4] |= (v & 15) << (4 * (p & 3) + half);
-        high[j / 2] |= (v >> 4) << (8 * (j & 1) + p + half);
+      for (int e = 0; e < 16; e++) {
+        const int place = place_in_plane(e & 7), i = 2 * (place / 4) + (e >> 3), byte = 8 * (place % 4);
+        const uint32_t v = (uint32_t)n[j][e];
+        upper[4 * (j / 2) + i] |= (v >> (BITS - 4) & 15) << (byte + 4 * (j % 2));
+        lowest[j / 2] |= (v & 1) << (byte + 4 * (j % 2) + i);
       }
-    ((uint4*)unit)[lane] = make_uint4(low[0], low[1], low[2], low[3]);
-    ((uint4*)unit)[32 + lane] = make_uint4(low[4], low[5], low[6], low[7]);
-    if (BITS == 5) ((uint2*)(unit + 1024))[lane] = make_uint2(high[0], high[1]);
+    ((uint4*)unit)[lane] = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+    ((uint4*)unit)[32 + lane] = make_uint4(upper[4], upper[5], upper[6], upper[7]);
+    if (BITS == 5) ((uint2*)(unit + 1024))[lane] = make_uint2(lowest[0], lowest[1]);
   }
 };
 

@@ -20,7 +20,7 @@
 // In flight    36 KB an SM: activations come the faster the fewer weights are on their way.
 //
 // Launch       as product.cuh, with block FEW_BLOCK and dynamic shared memory few_shared_bytes(..); x_type bf16 or
-//              f16; slots as many as fit from 4 to 16; keep: tiles whose sums a team keeps
+//              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; keep: tiles whose sums a team keeps
 #pragma once
 #include <type_traits>
 

@@ -3,9 +3,12 @@
 //
 // Work split   one block per SM takes a run of whole tiles (16 rows) and one of `slabs` slabs of the columns, cut at
 //              stages.
-// Warps        8 consumers, warp w takes unit w of every stage; 1 producer that keeps a ring of stages filled (sm_90:
-//              one bulk copy a stage and mbarriers; before: each consumer copies its own units with cp.async and the
-//              producer idles).
+// Warps        TEAMS teams of 8 consumers, which take the block's tiles in turn: warp w takes unit w of every stage; 1
+//              producer that keeps a ring of stages filled (sm_90: one bulk copy a stage and mbarriers; before: each
+//              consumer copies its own units with cp.async and the producer idles). It begins before the consumers do.
+// Products     of bf16; layouts of integers multiply up to 8 columns as bytes (byte_product.cuh), unless activations
+// are
+//              f32, not finite or huge.
 // Budget       per weight at 12 bits and 4.5 TB/s: 9 thread-instructions. Spent, by layout: see the layout's file.
 // In flight    48 KB an SM; more is slower (the copies of an SM share its bandwidth, so all of them arrive late). The
 //              ring holds more, so that it can go on filling while the block still waits for the activations.
@@ -13,95 +16,96 @@
 //              run to run.
 // Non-finite   Products are those of the exact weights, so infinities and NaN come out as in the exact product.
 //
-// Launch       grid groups * slabs, block 288, dynamic shared memory product_shared_bytes(..)
+// Launch       grid groups * slabs, block block_of(TEAMS), dynamic shared memory product_shared_bytes(..)
 //              groups      min(tiles, SMs / slabs)
 //              slabs       the fewest whose shared memory fits; more while 2 * tiles * slabs <= SMs and slabs < stages
 //              columns     batch * parts <= 8 for _8, <= 16 for _16; parts: 1 for bf16, 2 for f16, 3 for f32
 //                          activations
-//              in_flight   48 KB in stages, to the nearest; slots: as many as fit from 3 to 2 * in_flight, to 3 *
-//                          in_flight with programmatic launch; keep: tiles_kept(columns)
+//              in_flight   48 KB in stages, to the nearest; slots: as many as fit, to 2 * in_flight, to 3 * in_flight
+//                          with programmatic launch; at least 3, with two teams 2 more than are in flight, which may be
+//                          as few as have 32 KB; keep: tiles_kept(columns, TEAMS)
 //              partial     slabs * batch * tiles * 16 floats; arrived: `groups` zeroed words, zero again at the end;
 //                          neither if slabs = 1
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel
 //              still runs, so they, the overflow list and the scales must have been complete before that kernel began.
 #pragma once
+#include <type_traits>
+
+#include "byte_product.cuh"
 #include "multiply.cuh"
 #include "sums.cuh"
 
 namespace taper {
 
+// Activations as columns of bf16: exact whatever they are.
 template <class L, int NB>
-__device__ __forceinline__ void narrow_product(const Product& p) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const Part<L> part(p);
-  const int columns = p.batch * (p.x_type + 1);
-  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
-                 sums = bars + BARRIER_BYTES, xs = sums + sums_bytes(p.keep, columns);
-  const int stride = activation_stride(slab_width<L>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
-  Ring<L> ring(p, ring_at, bars);
-  ring.init(tid - CONSUMER_THREADS);
-  __syncthreads();
-  if (warp == CONSUMERS) {
-    if (lane == 0) ring.produce(p, part);
-    return;
-  }
-  let_next_kernel_start();
-  wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
-  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
-                                     part.width(), tid);
-  async_commit();
-  ring.start(p, part, warp, lane);
-#if __CUDA_ARCH__ >= 900
-  async_wait<0>();
-#else
-  async_wait<2>();  // the two stages that `start` sent for may still be on their way
-#endif
-  bar_sync<1, CONSUMER_THREADS>();
+struct Bf16Columns {
+  uint32_t x_row[NB], at = 0;
+  uint4 x[4];
+  float c0[NB][4] = {}, c1[NB][4] = {};
 
   // Columns past the last repeat it: their products are computed and dropped.
-  uint32_t x_row[NB];
+  __device__ Bf16Columns(uint32_t xs, int stride, int columns, int lane) {
 #pragma unroll
-  for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * lane_bytes<L>();
-  float c0[NB][4], c1[NB][4];
+    for (int nb = 0; nb < NB; nb++)
+      x_row[nb] = xs + min(8 * nb + (lane >> 2), columns - 1) * stride + (lane & 3) * lane_bytes<L>();
+  }
+  // Before the weights of the slab's unit `unit` are waited for.
+  __device__ __forceinline__ void prefetch(int unit) {
+    at = unit * (UNIT_COLS * 2);
+    if constexpr (NB == 1)
 #pragma unroll
-  for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
-
-  for (int tile = 0, kept = 0; tile < part.tiles; tile++) {
-    for (int s = 0; s < part.stages; s++) {
-      const int units = part.shape.units_of(part.stage0 + s);
-      uint4 x[4];
-      uint32_t at = (s * L::UNITS + warp) * (UNIT_COLS * 2);
-      if (NB == 1 && warp < units) {  // before the wait: these are here already
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
-      }
-      ring.wait();
-      for (int u = warp; u < units; u += CONSUMERS, at += CONSUMERS * UNIT_COLS * 2) {
-        if (L::UNITS > CONSUMERS && NB == 1 && u != warp) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
-        }
-        multiply_unit<L, NB>(
-            ring.unit(warp, u), ring.trailer(warp, units), u, lane, p.overflow, c0, c1, [&](int j, int nb) {
-              return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
-            });
-      }
-      ring.done(p, part, warp, lane);
-    }
-    // sums[kept][warp][column][row]
-    const uint32_t mine = sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4;
+      for (int j = 0; j < 4; j++) x[j] = lds_fragment<L>(x_row[0] + at + j * 64);
+  }
+  __device__ __forceinline__ void multiply(const Product& p, uint32_t unit_at, uint32_t trailer, int u, int lane, int,
+                                           int) {
+    multiply_unit<L, NB>(unit_at, trailer, u, lane, p.overflow, c0, c1, [&](int j, int nb) {
+      return NB == 1 ? pick(j, x[0], x[1], x[2], x[3]) : lds_fragment<L>(x_row[nb] + at + j * 64);
+    });
+  }
+  // The tile's sums to mine[column][row] in shared memory; zero again.
+  __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
 #pragma unroll
     for (int nb = 0; nb < NB; nb++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int column = 8 * nb + 2 * t + (i & 1);
-        if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
+        const int column = 8 * nb + 2 * (lane & 3) + (i & 1);
+        if (column < columns)
+          sts_float(mine + (column * TILE_ROWS + (lane >> 2) + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
         c0[nb][i] = c1[nb][i] = 0;
       }
-    if (++kept < p.keep && tile + 1 < part.tiles) continue;
-    bar_sync<1, CONSUMER_THREADS>();
-    const int parts = p.x_type + 1, first = part.tile0 + tile + 1 - kept;
+  }
+};
+
+// The tiles of a team. `columns` of activations are summed, `parts` of them to each row of x.
+template <class L, int TEAMS, class Columns>
+__device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part, Ring<L, TEAMS>& ring, Columns& how,
+                                          int team, int columns, int parts, uint32_t sums, int padded_rows) {
+  const int tid = threadIdx.x % CONSUMER_THREADS, lane = tid & 31, warp = tid >> 5;
+  const auto wait_for_team = [&] {
+    if constexpr (TEAMS == 1)
+      bar_sync<1, CONSUMER_THREADS>();
+    else
+      bar_sync_of<CONSUMER_THREADS>(2 + team);
+  };
+  for (int tile = team, kept = 0; tile < part.tiles; tile += TEAMS) {
+    const int step = min(TEAMS, part.tiles - tile + team);
+    for (int s = 0; s < part.stages; s++) {
+      const int units = part.shape.units_of(part.stage0 + s);
+      if (warp < units) how.prefetch(s * L::UNITS + warp);
+      ring.wait();
+      for (int u = warp; u < units; u += CONSUMERS) {
+        if (L::UNITS > CONSUMERS && u != warp) how.prefetch(s * L::UNITS + u);
+        how.multiply(p, ring.unit(warp, u), ring.trailer(warp, units), u, lane, s * L::UNITS + u,
+                     part.first_col() + (s * L::UNITS + u) * UNIT_COLS);
+      }
+      ring.done(p, part, warp, lane, step);
+    }
+    // sums[kept][warp][column][row]
+    how.store(sums + (kept * CONSUMERS + warp) * columns * TILE_ROWS * 4, columns, lane);
+    if (++kept < p.keep && tile + TEAMS < part.tiles) continue;
+    wait_for_team();
+    const int first = part.tile0 + tile - (kept - 1) * TEAMS;
     for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
       const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
       float sum = 0;
@@ -109,12 +113,77 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
 #pragma unroll
         for (int w = 0; w < CONSUMERS; w++)
           sum += lds_float(sums + (((k * CONSUMERS + w) * columns + m * parts + s) * TILE_ROWS + row) * 4);
-      hand_on(p, padded_rows, part.slab, (first + k) * TILE_ROWS + row, m, sum);
+      hand_on(p, padded_rows, part.slab, (first + k * TEAMS) * TILE_ROWS + row, m, sum);
     }
     kept = 0;
-    if (tile + 1 < part.tiles) bar_sync<1, CONSUMER_THREADS>();
+    if (tile + TEAMS < part.tiles) wait_for_team();
   }
-  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+}
+
+template <class L, int NB, int TEAMS>
+__device__ __forceinline__ void narrow_product(const Product& p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  constexpr int THREADS = CONSUMER_THREADS * TEAMS;
+  // `warp` counts within the team. One team is 0 for the compiler too, which so finds more that all lanes have in
+  // common.
+  const bool producer = threadIdx.x >= THREADS;
+  const int tid = threadIdx.x, lane = tid & 31, team = TEAMS == 1 ? 0 : tid / CONSUMER_THREADS,
+            warp = tid / 32 % CONSUMERS;
+  const Part<L> part(p);
+  const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS;
+  const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
+                 all_sums = bars + BARRIER_BYTES, sums = all_sums + team * sums_bytes(p.keep, columns),
+                 xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
+  const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
+  Ring<L, TEAMS> ring(p, ring_at, bars);
+  if (producer) {
+    ring.init(lane);
+    __syncwarp();
+    bar_arrive<0, THREADS + 32>();
+    if (lane == 0) ring.produce(p, part);
+    return;
+  }
+  bar_sync<0, THREADS + 32>();
+  if (TEAMS > 1) ring.slot = team;
+  let_next_kernel_start();
+  wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
+  bool done = false;
+  if constexpr (byte_products<L>() && NB == 1) {
+    if (p.x_type != F32) {
+      const Planes planes(xs, width);
+      const auto make = [&](auto halves) {
+        return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols, part.first_col(),
+                                                             part.width(), tid);
+      };
+      const bool large = p.x_type == F16 ? make(std::true_type()) : make(std::false_type());
+      done = !bar_any<1, THREADS>(large);
+      if (done) {
+        ring.start(p, part, warp, lane);
+        const auto multiply = [&](auto how) {
+          all_tiles<L, TEAMS>(p, part, ring, how, team, p.batch, 1, sums, padded_rows);
+        };
+        if (p.batch <= 2)
+          multiply(PlaneColumns<L, true>(planes, p.batch, lane));
+        else
+          multiply(PlaneColumns<L, false>(planes, p.batch, lane));
+      }
+    }
+  }
+  if (!done) {
+    load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
+                              tid);
+    async_commit();
+    ring.start(p, part, warp, lane);
+#if __CUDA_ARCH__ >= 900
+    async_wait<0>();
+#else
+    async_wait<2>();  // the two stages that `start` sent for may still be on their way
+#endif
+    bar_sync<1, THREADS>();
+    Bf16Columns<L, NB> how(xs, stride, columns, lane);
+    all_tiles<L, TEAMS>(p, part, ring, how, team, columns, parts, sums, padded_rows);
+  }
+  add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
 }
 
 }  // namespace taper

@@ -60,6 +60,13 @@ __device__ __forceinline__ uint4 ldg_stream(const void* p) {
   return v;
 }
 
+// Writes before it are seen by who reads what it wrote, and theirs after it: on the whole card.
+__device__ __forceinline__ uint32_t atomic_add_ordered(uint32_t* p, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+  return before;
+}
+
 // ---- matrix product: D (16 x 8) += A (16 x 16, rows) * B (16 x 8, columns), bf16 in, f32 out ----
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
@@ -93,6 +100,14 @@ __device__ __forceinline__ uint4 lds_matrices(uint32_t a) {
   return v;
 }
 
+// Bytes, signed: D (16 x 8, 32-bit integers) += A (16 x 32, rows) * B (32 x 8, columns).
+__device__ __forceinline__ void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                       uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 // v in a register for good. ptxas would rather compute a constant of the lane again, wherever it is used; through a
 // shuffle it cannot see.
 __device__ __forceinline__ uint32_t keep(uint32_t v) {
@@ -107,7 +122,13 @@ __device__ __forceinline__ void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
-// The same, its number not known at compile time.
+// What other threads' bar_sync waits for too, without waiting. Whole warps.
+template <int ID, int THREADS>
+__device__ __forceinline__ void bar_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+// bar_sync, its number not known at compile time.
 template <int THREADS>
 __device__ __forceinline__ void bar_sync_of(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");

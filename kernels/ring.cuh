@@ -1,6 +1,6 @@
 // What a product kernel is given, which part of it a block does, and how weights reach the block's shared memory.
 #pragma once
-#include "activations.cuh"
+#include "planes.cuh"
 #include "unit.cuh"
 
 namespace taper {
@@ -40,15 +40,26 @@ constexpr bool HOPPER =
 #else
     true;
 #endif
-// Teams of eight consumers that share a block's tiles. What a warp does with a unit of a layout with groups is a chain
-// of instructions that wait for one another: a second team hides that, a third gains nothing.
+// Whether layout L has its weights as bytes (integers.cuh).
+template <class L>
+__host__ __device__ constexpr bool byte_products() {
+  if constexpr (L::GROUP == 0)
+    return L::SCALED;
+  else
+    return false;
+}
+
+// Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that
+// wait for one another: a second team hides that, and halves the time that preparing activations takes; a third gains
+// nothing. Layout `fixed` has products with either.
 template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
-  return L::GROUP >= 16 && hopper ? 2 : 1;
+  return (L::GROUP >= 16 || byte_products<L>()) && hopper ? 2 : 1;
 }
+__host__ __device__ constexpr int block_of(int teams) { return CONSUMER_THREADS * teams + 32; }
 template <class L>
 __host__ __device__ constexpr int product_block() {
-  return CONSUMER_THREADS * teams<L>() + 32;
+  return block_of(teams<L>());
 }
 constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
 
@@ -79,12 +90,20 @@ __host__ __device__ constexpr int group_sums_bytes() {
   else
     return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
 }
+// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or three planes with layouts of bytes
+// and up to eight columns.
 template <class L>
-__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int columns, int slots, int teams,
+__host__ __device__ constexpr int activations_bytes(int width, int batch, int parts) {
+  const int columns = batch * parts * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>()),
+            planes = byte_products<L>() && parts < 3 && batch * parts <= 8 ? planes_bytes(width, batch) : 0;
+  return columns > planes ? columns : planes;
+}
+template <class L>
+__host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int batch, int parts, int slots, int teams,
                                                        bool hopper) {
-  const int width = slab_width<L>(cols, slabs);
+  const int columns = batch * parts;
   return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + sums_bytes(tiles_kept(columns, teams), columns, teams) +
-         columns * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>());
+         activations_bytes<L>(slab_width<L>(cols, slabs), batch, parts);
 }
 
 // Activations of vector j as B fragments: 16 bytes of a row of x from column 32j + 8t on, or with groups of 16 the two
@@ -109,12 +128,14 @@ template <class L>
 struct Part {
   Shape<L> shape;
   int slab, group, tile0, tiles, stage0, stages;
-  __device__ explicit Part(const Product& p) : shape(p.rows, p.cols) {
-    const int block = blockIdx.x - p.first_block;
-    slab = block / p.groups, group = block - slab * p.groups;
-    tile0 = (int)((long long)shape.tiles * group / p.groups),
-    tiles = (int)((long long)shape.tiles * (group + 1) / p.groups) - tile0;
-    stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+  __device__ explicit Part(const Product& p)
+      : shape(p.rows, p.cols), slab(0), group(blockIdx.x - p.first_block), stage0(0), stages(shape.stages) {
+    if (p.slabs > 1) {
+      slab = group / p.groups, group -= slab * p.groups;
+      stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+    }
+    const int each = shape.tiles / p.groups, more = shape.tiles - each * p.groups;  // so many groups have one more
+    tile0 = group * each + min(group, more), tiles = each + (group < more);
   }
   __device__ int first_col() const { return stage0 * L::UNITS * UNIT_COLS; }
   __device__ int width() const { return min(stages * L::UNITS, shape.units - stage0 * L::UNITS) * UNIT_COLS; }
@@ -137,13 +158,15 @@ struct Ring {
   __device__ void next() {
     if (++slot == slots) slot = 0, phase ^= 1;
   }
-  // One thread copies all stages of the block, at most p.in_flight of them on their way.
+  // One thread copies all stages of the block, at most p.in_flight of them on their way. With several teams there are
+  // TEAMS more slots than that: a team would else take another's stage, not yet there, for one that is two rounds on.
   __device__ void produce(const Product& p, const Part<L>& part) {
     const uint64_t policy = evict_first_policy();
+    const int in_flight = TEAMS > 1 ? min(p.in_flight, slots - TEAMS) : p.in_flight;
     uint32_t landed = 0, landed_phase = 0;
     int ahead = 0;
     const auto send = [&](const uint8_t* src, int s) {
-      if (ahead++ >= p.in_flight) {
+      if (ahead++ >= in_flight) {
         mbarrier_wait(full + 8 * landed, landed_phase);
         if (++landed == slots) landed = 0, landed_phase ^= 1;
       }

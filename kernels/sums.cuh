@@ -66,16 +66,14 @@ __device__ __forceinline__ void add_slabs(const Product& p, int group, int tile0
                                           uint32_t scratch, int tid) {
   if (p.slabs == 1) return;
 
-  __threadfence();
-  bar_sync<1, THREADS>();
+  bar_sync<1, THREADS>();  // one thread's atomic orders what all have written, and what they read behind the next
   if (tid == 0) {
-    const uint32_t before = atomicAdd(p.arrived + group, 1);
+    const uint32_t before = atomic_add_ordered(p.arrived + group, 1);
     if (before == (uint32_t)p.slabs - 1) p.arrived[group] = 0;
     sts32(scratch, before);
   }
   bar_sync<1, THREADS>();
   if (lds32(scratch) != (uint32_t)p.slabs - 1) return;
-  __threadfence();
   add_planes<THREADS>(p, tile0, tiles, p.slabs, tid,
                       [&](int slab, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
 }

@@ -9,11 +9,12 @@ namespace bench {
 using namespace taper;
 
 struct Products {
-  const void *to_8, *to_16, *to_32, *to_64;        // by columns of activations
-  const void* warpgroup;                           // 33 to 64 columns on Hopper, where the layout has it
-  const void* single = nullptr;                    // one column, where the layout has it
-  const void* warpgroup_32 = nullptr;              // 17 to 32 columns likewise
-  const void *few_8 = nullptr, *few_16 = nullptr;  // 2 to 16 rows likewise
+  const void *to_8, *to_16, *to_32, *to_64;            // by columns of activations
+  const void* warpgroup;                               // 33 to 64 columns on Hopper, where the layout has it
+  const void* single = nullptr;                        // one row, where the layout has it
+  const void* warpgroup_32 = nullptr;                  // 17 to 32 columns likewise
+  const void *few_8 = nullptr, *few_16 = nullptr;      // 2 to 16 rows likewise
+  const void *teams_8 = nullptr, *teams_16 = nullptr;  // two teams, where the layout has one otherwise
 };
 
 // The kernels of layout L under one set of names. SPREAD_*: standard deviation of the integers it is tried with.
@@ -25,8 +26,17 @@ struct Kernels<Fixed> {
   static constexpr const char* NAME = "fixed";
   static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;
   static Products products() {
-    return {(void*)fixed_product_8, (void*)fixed_product_16, (void*)fixed_product_32, (void*)fixed_product_64,
-            (void*)fixed_warpgroup_64};
+    return {(void*)fixed_product_8,
+            (void*)fixed_product_16,
+            (void*)fixed_product_32,
+            (void*)fixed_product_64,
+            (void*)fixed_warpgroup_64,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            (void*)fixed_teams_8,
+            (void*)fixed_teams_16};
   }
   static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
     fixed_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);
@@ -90,36 +100,56 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
         return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots, p.keep)
                           : few_shared_bytes<L, 2>(dense.cols, slabs, slots, p.keep);
       };
-      while (shared(4) > limit) slabs++;
+      const int in_flight = std::max(1, (36864 + STAGE / 2) / STAGE),
+                least = FEW_TEAMS + std::min(in_flight, ceil_div(32768, STAGE));  // Ring in ring.cuh
+      while (shared(least) > limit && slabs < shape.stages) slabs++;
       while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
-      p.slots = 4;
+      p.slots = least, launch.fits = shared(least) <= limit;
       while (p.slots < 16 && shared(p.slots + 1) <= limit) p.slots++;
-      p.in_flight = std::min(std::max(1, (36864 + STAGE / 2) / STAGE), p.slots);
+      p.in_flight = std::min(in_flight, p.slots - FEW_TEAMS);
       launch.kernel = batch <= 8 ? kernels.few_8 : kernels.few_16, launch.block = FEW_BLOCK;
       launch.shared_bytes = shared(p.slots);
       launch.split(device, slabs, shape.tiles, columns);
       return launch;
     }
   if (columns <= 16) {
-    const int teams = taper::teams<L>(hopper);
+    int teams = taper::teams<L>(hopper);
     const bool single = batch == 1 && x_type != F32 && kernels.single;
-    const auto shared = [&](int slots) {
-      if constexpr (L::GROUP >= 16)
-        if (single) return single_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
-      return product_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
-    };
-    while (shared(3) > limit) slabs++;
-    while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
     const int wanted = L::GROUP < 16 ? 49152
                        : single      ? 55296
                                      : 27648,
-              in_flight = std::max(1, (wanted + STAGE / 2) / STAGE),
-              most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
-    p.slots = 3, p.keep = tiles_kept(single ? 1 : columns, teams);
-    while (p.slots < std::min(16, most) && shared(p.slots + 1) <= limit) p.slots++;
-    p.in_flight = std::min(in_flight, p.slots);
+              in_flight = std::max(1, (wanted + STAGE / 2) / STAGE);
+    // Slots that teams need besides those on their way: Ring in ring.cuh.
+    const auto apart = [&](int teams) { return teams == 1 ? 0 : single ? 2 * teams : teams; };
+    const auto least = [&](int teams) {
+      return teams > 1 ? std::min(in_flight, ceil_div(32768, STAGE)) + apart(teams) : 3;
+    };
+    const auto shared = [&](int slots, int teams, int slabs) {
+      if constexpr (L::GROUP >= 16)
+        if (single) return single_shared_bytes<L>(dense.cols, slabs, columns, slots, teams, hopper);
+      return product_shared_bytes<L>(dense.cols, slabs, batch, x_type + 1, slots, teams, hopper);
+    };
+    const auto fewest = [&](int teams) {
+      int slabs = 1;
+      while (shared(least(teams), teams, slabs) > limit && slabs < shape.stages) slabs++;
+      return slabs;
+    };
+    // Two teams gain where there are many columns, if their slots leave room for those, or few stages.
+    const auto gain = [&] {
+      return columns > 4 ? fewest(1) > 1 || fewest(2) == 1 : shape.tiles * shape.stages <= 8 * device.multiprocessors;
+    };
+    const bool choose = hopper && kernels.teams_8 && gain();
+    if (choose) teams = 2;
+    slabs = fewest(teams);
+    while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
+    const int most = L::GROUP < 16 ? (programmatic ? 3 : 2) * in_flight : 16;
+    p.slots = least(teams), p.keep = tiles_kept(single ? 1 : columns, teams);
+    launch.fits = shared(p.slots, teams, slabs) <= limit;
+    while (p.slots < std::min(16, most) && shared(p.slots + 1, teams, slabs) <= limit) p.slots++;
+    p.in_flight = std::min(in_flight, p.slots - apart(teams));
     launch.kernel = single ? kernels.single : columns <= 8 ? kernels.to_8 : kernels.to_16;
-    launch.block = CONSUMER_THREADS * teams + 32, launch.shared_bytes = shared(p.slots);
+    if (choose) launch.kernel = columns <= 8 ? kernels.teams_8 : kernels.teams_16;
+    launch.block = block_of(teams), launch.shared_bytes = shared(p.slots, teams, slabs);
   } else {
     slabs = shape.stages;
     p.slots = p.in_flight = std::min(16, (73728 + STAGE - 1) / STAGE);
@@ -129,10 +159,6 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   }
   if (warpgroup)
     launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L, 8>(p.slots);
-  if (slabs > shape.stages) {
-    fprintf(stderr, "%d slabs of %d stages\n", slabs, shape.stages);
-    exit(1);
-  }
   launch.split(device, slabs, shape.tiles, columns);
   return launch;
 }
@@ -148,7 +174,7 @@ class Staged {
 
   static void prepare(const Device& device) {
     const Products p = Kernels<L>::products();
-    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup});
+    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup, p.teams_8, p.teams_16});
   }
   static bool has_warpgroups(const Device& device, int columns) {
     return columns > 32 && device.warpgroups && Kernels<L>::products().warpgroup;

@@ -18,7 +18,7 @@ pub(super) const UNIT_COLS: usize = 128;
 pub(super) enum Family {
     /// BF16 weights, 12 bits each: `kernels/fixed.cuh`.
     Fixed,
-    /// Integers from −127 to 127 with scales: `kernels/integers.cuh`.
+    /// Integers from −128 to 127 with scales: `kernels/integers.cuh`.
     Int8,
     /// Integers from −16 to 15 with scales.
     Int5,
@@ -87,6 +87,11 @@ impl Family {
         self != Family::Fixed
     }
 
+    /// Whether its weights are integers that are multiplied as bytes: `kernels/byte_product.cuh`.
+    pub fn integers(self) -> bool {
+        matches!(self, Family::Int8 | Family::Int5 | Family::Int4)
+    }
+
     /// Whether it is one of the block formats.
     pub fn blocks(self) -> bool {
         matches!(self, Family::Blocks(_))
@@ -149,10 +154,11 @@ pub(super) struct PackedKernels {
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
     /// have two for compute capability 9.0 and up to 32 and 64 columns, one for a single row of BF16 or F16, and two for
-    /// compute capability 9.0 and up to 8 and 16 rows of these; `fixed` has one for compute capability 9.0 and 64 columns.
+    /// compute capability 9.0 and up to 8 and 16 rows of these; `fixed` has one for compute capability 9.0 and 64 columns,
+    /// and two for up to 8 and 16 with more warps.
     pub products: Vec<(CudaFunction, usize)>,
     /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
-    /// those for a single row and for up to 8 where there are such.
+    /// those for a single row and for up to 8, or with more warps, where there are such.
     pub joined: Vec<CudaFunction>,
 }
 
@@ -188,10 +194,16 @@ impl PackedKernels {
             }
         }
         if family == Family::Fixed && hopper {
-            products.push(function(module, "fixed_warpgroup_64", shared)?);
+            for name in ["fixed_warpgroup_64", "fixed_teams_8", "fixed_teams_16"] {
+                products.push(function(module, name, shared)?);
+            }
         }
-        let joined: &[&str] = if family.blocks() { &["8", "1", "few_8"] } else { &["8"] };
-        let joined = joined.iter().map(|of| Ok(function(module, &format!("{prefix}_joined_{of}"), shared)?.0));
+        let joined: &[&str] = match (family.blocks(), family == Family::Fixed && hopper) {
+            (true, _) => &["joined_8", "joined_1", "joined_few_8"],
+            (_, true) => &["joined_8", "teams_joined_8"],
+            _ => &["joined_8"],
+        };
+        let joined = joined.iter().map(|name| Ok(function(module, &format!("{prefix}_{name}"), shared)?.0));
         let joined = joined.collect::<Result<_>>()?;
         Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
     }

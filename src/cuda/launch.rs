@@ -77,48 +77,71 @@ impl LaunchShape {
         // `slot_bytes`, `teams` and `group_sums_bytes` of kernels/ring.cuh.
         let trailers = if family.blocks() && kernels.warpgroups { 1 } else { Family::UNITS };
         let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
-        let teams = if family.blocks() && kernels.warpgroups { 2 } else { 1 };
         let sums = family.group_sums_bytes();
         let few = if batch > 1 && parts <= 2 { LaunchShape::few(family, geometry, kernels, batch) } else { None };
         let shape = if let Some(shape) = few.or_else(|| LaunchShape::warpgroups(family, geometry, kernels, columns)) {
             shape
         } else if columns <= 16 {
-            let keep = if columns <= 4 { 8 } else { 32 / columns } / teams;
-            let besides = |slabs: usize| {
-                let units = stages.div_ceil(slabs) * Family::UNITS;
-                let activations = units * 2 * UNIT_COLS + 64;
-                256 + if single {
-                    // `single_shared_bytes` of kernels/kquant_single.cuh.
-                    keep * 512 * teams + parts * activations + units * family.plane_sums_bytes() + 272
-                } else {
-                    keep * columns * 512 * teams + columns * (activations + units * sums)
-                }
-            };
-            let mut slabs = (1..=stages).find(|&slabs| 3 * slot + besides(slabs) <= room)?;
-            while tiles * slabs * 2 <= processors && slabs < stages {
-                slabs += 1;
-            }
+            // `teams` of kernels/ring.cuh.
+            let hopper = kernels.warpgroups;
             // What a block keeps on its way at most. More is slower, or no faster.
             let in_flight = family.stages_of(match family.blocks() {
                 true if single => 55_296,
                 true => 27_648,
                 false => 49_152,
             });
+            let own = if hopper && (family.blocks() || family.integers()) { 2 } else { 1 };
+            let keep = |teams: usize| if columns <= 4 { 8 } else { 32 / columns } / teams;
+            let besides = |teams: usize, slabs: usize| {
+                let units = stages.div_ceil(slabs) * Family::UNITS;
+                if single {
+                    // `single_shared_bytes` of kernels/kquant_single.cuh.
+                    let activations = parts * (units * 2 * UNIT_COLS + 64) + units * family.plane_sums_bytes() + 272;
+                    return 256 + keep(teams) * 512 * teams + activations;
+                }
+                let exact = columns * (units * (2 * UNIT_COLS + sums) + 64);
+                let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
+                let activations = if family.integers() && parts < 3 && columns <= 8 { exact.max(planes) } else { exact };
+                256 + keep(teams) * columns * 512 * teams + activations
+            };
+            // Teams take stages in turn: slots must be more than what is on its way, see `Ring`. Those of a single row are
+            // of four warps.
+            let apart = |teams: usize| match teams {
+                ..=1 => 0,
+                _ if single => 2 * teams,
+                _ => teams,
+            };
+            let few = in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
+            let least = |teams: usize| if teams > 1 { few + apart(teams) } else { 3 };
+            let fewest =
+                |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
+            let (one, two) = (fewest(1), fewest(2));
+            // Two teams of `fixed` gain where there are many columns, if their slots leave room for those, or few stages.
+            let gain = family == Family::Fixed
+                && hopper
+                && two.is_some()
+                && if columns > 4 { one > Some(1) || two == Some(1) } else { tiles * stages <= 8 * processors };
+            let teams = if gain { 2 } else { own };
+            let mut slabs = if teams > 1 { two } else { one }?;
+            while tiles * slabs * 2 <= processors && slabs < stages {
+                slabs += 1;
+            }
             let wanted = match (family.blocks(), programmatic) {
                 (true, _) => 16,
                 (_, true) => 3 * in_flight,
                 _ => 2 * in_flight,
             };
-            let slots = ((room - besides(slabs)) / slot).min(wanted).clamp(3, 16);
+            let (least, besides) = (least(teams), besides(teams, slabs));
+            let slots = ((room - besides) / slot).min(wanted).clamp(least, 16);
             LaunchShape {
-                kernel,
+                kernel: if gain { kernel + TEAMS } else { kernel },
                 groups: tiles.min((processors / slabs).max(1)),
                 slabs,
                 threads: 256 * teams as u32 + 32,
-                shared: slots * slot + besides(slabs),
+                shared: slots * slot + besides,
                 slots,
-                in_flight: in_flight.min(slots),
-                keep,
+                in_flight: in_flight.min(slots - apart(teams)),
+                keep: keep(teams),
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
@@ -178,11 +201,15 @@ impl LaunchShape {
             let units = stages.div_ceil(slabs) * Family::UNITS;
             384 + keep * eights * 8192 + units * eights * (2048 + family.few_group_bytes())
         };
-        let mut slabs = (1..=stages).find(|&slabs| 4 * slot + besides(slabs) <= room)?;
+        // Its four teams take stages in turn, see `Ring`.
+        const TEAMS: usize = 4;
+        let in_flight = family.stages_of(36_864);
+        let least = TEAMS + in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
+        let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
         while tiles * slabs * 2 <= processors && slabs < stages {
             slabs += 1;
         }
-        let slots = ((room - besides(slabs)) / slot).clamp(4, 16);
+        let slots = ((room - besides(slabs)) / slot).clamp(least, 16);
         let shape = LaunchShape {
             kernel,
             groups: tiles.min((processors / slabs).max(1)),
@@ -190,7 +217,7 @@ impl LaunchShape {
             threads: 640,
             shared: slots * slot + besides(slabs),
             slots,
-            in_flight: family.stages_of(36_864).min(slots),
+            in_flight: in_flight.min(slots - TEAMS),
             keep,
             partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
             scaled: false,
@@ -281,6 +308,8 @@ const WARPGROUPS: usize = 4;
 const SINGLE: usize = 6;
 /// And the first of those for up to 8 and 16 rows of block formats.
 const FEW: usize = 7;
+/// From the products for 8 and 16 columns of `fixed` to those with two teams.
+const TEAMS: usize = 5;
 
 /// The number of a kernel's counterpart for several matrices, among those of a layout.
 pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
@@ -288,6 +317,7 @@ pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
         0 => Some(0),
         SINGLE if family.blocks() => Some(1),
         FEW if family.blocks() => Some(2),
+        TEAMS if family == Family::Fixed => Some(1),
         _ => None,
     }
 }
