@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(128) taper_decode_rows(const uint8_
     decode_rows(bytes, plan, first, rows, out, stride, status);
 }
 
-// The same for what `Bf16Rans` says, to BF16.
+// The same for what tile_bf16.cuh is for, to BF16.
 #define BF16_ROWS(NAME, LEVELS)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, 8) NAME(const uint8_t *bytes, const __grid_constant__ Plan plan,           \
                                                               uint32_t first, uint32_t rows, uint8_t *out, uint64_t stride,      \

@@ -9,7 +9,9 @@
 //   BF16 by eights  (tile_bf16.cuh) Each lane multiplies its eight neighbours at once and puts their sum into the ring; four
 //                   rows of them are added at a time.
 //
-// Budget of 256 BF16 weights with one row of activations: 4 symbols of 22 instructions, 30 to join, 45 to multiply and add.
+// Budget of 256 BF16 weights with one row of activations: 4 symbols of 22 instructions, 30 to join, 45 to multiply and add. A band
+// is one warp's from its first symbol to its last, so that 32 warps a multiprocessor and as few turns as there can be count most:
+// 107 us for 14336x4224 on an H200, 149 where 24 warps take two turns.
 //
 // Launch   any grid. Any matrix: block 128, dynamic shared memory that of tile_block.cuh, then RING floats a warp. By eights: block
 //          at most 1024, BF16_TABLES, then a warp's BF16_BUFFER and batch * EIGHTS floats; x is 16-byte aligned. partial: tile

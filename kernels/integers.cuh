@@ -34,6 +34,9 @@ struct Integers {
   static constexpr int GROUP = 0;
   static constexpr bool SCALED = true;
   __device__ __forceinline__ static float unit_scale(uint32_t trailer, int u) { return lds_float(trailer + 8 + 4 * u); }
+  __device__ __forceinline__ static float unit_scale(const uint8_t* trailer, int u) {
+    return __ldg((const float*)(trailer + 8) + u);
+  }
 };
 
 struct Int8 : Integers {
@@ -43,6 +46,10 @@ struct Int8 : Integers {
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
 #pragma unroll
       for (int j = 0; j < 4; j++) bytes[j] = lds128(at + 512 * j + lane * 16);
+    }
+    __device__ __forceinline__ void fetch(const uint8_t* at, const uint8_t*, int, int lane, uint64_t policy) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) bytes[j] = ldg_stream128(at + 512 * j + lane * 16, policy);
     }
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
       const uint32_t s[4] = {bytes[j].x, bytes[j].y, bytes[j].z, bytes[j].w};
@@ -78,6 +85,10 @@ struct IntN : Integers {
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
       low[0] = lds128(at + lane * 16), low[1] = lds128(at + 512 + lane * 16);
       if (BITS == 5) high = lds64(at + 1024 + lane * 8);
+    }
+    __device__ __forceinline__ void fetch(const uint8_t* at, const uint8_t*, int, int lane, uint64_t policy) {
+      low[0] = ldg_stream128(at + lane * 16, policy), low[1] = ldg_stream128(at + 512 + lane * 16, policy);
+      if (BITS == 5) high = __ldg((const uint2*)(at + 1024 + lane * 8));
     }
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
       const uint4 c = low[j / 2];

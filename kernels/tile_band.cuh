@@ -190,8 +190,7 @@ __device__ inline void decode_band(const Plan &plan, Bytes stream, const uint32_
                                    uint8_t *buffer, uint32_t tile, uint32_t index, Sink &sink, uint32_t *status) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t top = tile / plan.tile_cols * TILE, left = tile % plan.tile_cols * TILE;
-    const uint32_t tile_rows = min(TILE, plan.rows - top), bands = (tile_rows + BAND_ROWS - 1) / BAND_ROWS;
-    const uint32_t skip = index * BAND_ROWS;
+    const uint32_t tile_rows = min(TILE, plan.rows - top), skip = index * BAND_ROWS;
     const Band band = {plan, stream, tile, top + skip, left, min(BAND_ROWS, tile_rows - skip), min(TILE, plan.cols - left)};
     const uint32_t n = band.rows * band.cols;
 

@@ -1,12 +1,12 @@
-// One band of a BF16 matrix as they usually are (`Bf16Rans`), whose columns are a multiple of eight: what `decode_band` does for
-// every kind, by pairs of weights.
+// One band of a BF16 matrix as they usually are (4-bit classes by rANS, 8 raw bits, with levels or not), whose columns are a
+// multiple of eight: what `decode_band` does for every kind, by pairs of weights.
 //
 // A symbol of rANS is the classes of two weights. A table of 256 words in shared memory has what it stands for: exponent of the
 // first << 7 | that of the second << 23, and in the mantissas' places marks: 1 if the first is an escape, 1 << 16 if the second
 // is. A logical operation joins them with two raw bytes. Levels are eight times that of the row and eight times that of the column,
 // added to the exponents: sixteenths of an octave end in the mantissas' places, carries in the signs'.
 //
-// Budget of 256 weights, for each lane eight: 4 symbols of 19 instructions, 30 to join.
+// Budget of 256 weights, for each lane eight: 4 symbols of 22 instructions, 30 to join.
 #pragma once
 #include "tile_band.cuh"
 

@@ -206,7 +206,9 @@ impl DeviceStream {
         let (kernel, room) = &kernels.rans.decode[bands.of as usize];
         let parts = (rows.end.div_ceil(bands.rows()) - rows.start / bands.rows()) * (cols / TILE);
         let aligned = out.device_ptr(stream).0.is_multiple_of(4);
-        let Some(grid) = grid(parts, kernels.processors, *room, (TABLES, RING)).filter(|_| aligned) else { return Ok(false) };
+        let Some(grid) = grid(parts, kernels.processors, *room, (TABLES, RING)).filter(|_| aligned) else {
+            return Ok(false);
+        };
         let (first, count, stride) = (rows.start as u32, rows.len() as u32, stride as u64);
         let (at, _memory) = bands.memory.device_ptr(stream);
         let index = Index::at(at, bands.bands, bands.parts);
