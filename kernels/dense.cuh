@@ -1,4 +1,4 @@
-// Between dense rows and the layouts of unit.cuh: reading fragments from rows, placing repairs, decoding to rows.
+// From dense rows to the layouts of unit.cuh: reading fragments from rows, placing repairs.
 #pragma once
 #include "activations.cuh"
 #include "unit.cuh"
@@ -78,67 +78,5 @@ struct RepairList {
       list[head.y + i] = entry;  // what does not fit is counted by repair_scan
   }
 };
-
-// One stage to dense rows: a warp per unit. Scaled layouts are multiplied in f32 and rounded to out_type once. 25 KB of
-// shared memory, so that eight blocks share an SM and hide each other's waits.
-template <class L>
-__device__ __forceinline__ void decode_stage(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows,
-                                             int cols, int stride, int tile0, const float* row_scale = nullptr,
-                                             int out_type = BF16) {
-  __shared__ __align__(16) uint8_t memory[8][L::UNIT_BYTES + L::TRAILER];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const Shape<L> shape(rows, cols);
-  const int stage = blockIdx.x % shape.stages, tile = tile0 + blockIdx.x / shape.stages, units = shape.units_of(stage);
-  const uint8_t* src = weights + tile * shape.tile_bytes() + stage * Shape<L>::stage_bytes();
-  const uint32_t at = shared_address(memory[warp]);
-  const bool aligned = ((size_t)out & 15) == 0 && stride % 8 == 0;
-  const uint64_t policy = evict_first_policy();
-  let_next_kernel_start();
-  for (int u = warp; u < units; u += 8) {
-    for (int i = lane; i < L::UNIT_BYTES / 16; i += 32)
-      async_copy16(at + 16 * i, src + u * L::UNIT_BYTES + 16 * i, policy);
-    for (int i = lane; i < L::TRAILER / 16; i += 32)
-      async_copy16(at + L::UNIT_BYTES + 16 * i, src + units * L::UNIT_BYTES + 16 * i);
-    async_commit();
-    if (u == warp) wait_for_previous_kernel();  // which may still be reading what `out` held
-    async_wait<0>();
-    __syncwarp();
-    const int row = tile * TILE_ROWS + g, col = (stage * L::UNITS + u) * UNIT_COLS + t * 8;
-    float scale[2] = {1, 1};
-    if constexpr (L::SCALED) {
-      const float unit_scale = L::unit_scale(at + L::UNIT_BYTES, u);
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-        scale[h] = row_scale && row + 8 * h < rows ? unit_scale * row_scale[row + 8 * h] : unit_scale;
-    }
-    decode_unit<L>(at, at + L::UNIT_BYTES, u, lane, overflow, [&](int j, const uint32_t (&decoded)[8]) {
-      uint32_t a[8];
-#pragma unroll
-      for (int p = 0; p < 8; p++) {
-        a[p] = decoded[p];
-        if constexpr (L::SCALED) {
-          const float lo = __uint_as_float(a[p] << 16) * scale[p & 1],
-                      hi = __uint_as_float(a[p] & 0xFFFF0000u) * scale[p & 1];
-          a[p] = out_type == F16 ? float_to_half(lo) | float_to_half(hi) << 16
-                                 : float_to_bf16(lo) | float_to_bf16(hi) << 16;
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int r = row + 8 * h, k = col + 32 * j;
-        if (r >= rows || k >= cols) continue;
-        uint16_t* to = out + (size_t)(r - tile0 * TILE_ROWS) * stride + k;
-        if (aligned && k + 8 <= cols)
-          *(uint4*)to = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
-        else {
-#pragma unroll
-          for (int e = 0; e < 8; e++)
-            if (k + e < cols) to[e] = (uint16_t)(a[2 * (e / 2) + h] >> 16 * (e & 1));
-        }
-      }
-    });
-    __syncwarp();
-  }
-}
 
 }  // namespace taper

@@ -1,4 +1,5 @@
 // Layout `fixed` (fixed.cuh): made from dense rows, turned back into them, multiplied.
+#include "decode_rows.cuh"
 #include "dense.cuh"
 #include "entry.cuh"
 #include "fixed.cuh"
@@ -104,11 +105,11 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// Dense rows again, block per stage. `tile0` and the grid choose the tiles; out's first row is row 16 tile0.
-extern "C" __global__ void __launch_bounds__(256)
+// Dense rows again (decode_rows.cuh); out's first row is row 16 tile0.
+extern "C" __global__ void __launch_bounds__(256, DECODE_BLOCKS)
     fixed_decode(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride,
                  int tile0) {
-  decode_stage<Fixed>(weights, overflow, out, rows, cols, stride, tile0);
+  decode_rows<Fixed>(weights, overflow, {out, rows, cols, stride, tile0});
 }
 
 // Row ids[i] to row i of out. Grid: ids, stages.

@@ -28,7 +28,17 @@ struct Fixed {
       codes[0] = lds128(at + 2048 + lane * 16), codes[1] = lds128(at + 2560 + lane * 16);
 #pragma unroll
       for (int j = 0; j < 4; j++) sm[j] = lds128(at + 512 * j + lane * 16);
-      base = lds8(extra + u) * 0x00800080u;
+      start(lds8(extra + u));
+    }
+    // The same from memory.
+    __device__ __forceinline__ void fetch(const uint8_t* at, const uint8_t* extra, int u, int lane, uint64_t policy) {
+      codes[0] = ldg_stream128(at + 2048 + lane * 16, policy), codes[1] = ldg_stream128(at + 2560 + lane * 16, policy);
+#pragma unroll
+      for (int j = 0; j < 4; j++) sm[j] = ldg_stream128(at + 512 * j + lane * 16, policy);
+      start(__ldg(extra + u));
+    }
+    __device__ __forceinline__ void start(uint32_t lowest) {
+      base = lowest * 0x00800080u;
       // blockDim.y is 1. The compiler does not know, so it leaves these multiplications to the multiplier, which has
       // nothing else to do, instead of turning them into shifts for the crowded integer units.
       by128 = blockDim.y * 128, by8 = blockDim.y * 8;

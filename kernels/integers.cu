@@ -1,4 +1,5 @@
 // Layouts `int8`, `int5`, `int4` (integers.cuh): made from dense bf16 integers, turned back into weights, multiplied.
+#include "decode_rows.cuh"
 #include "entry.cuh"
 #include "ids.cuh"
 #include "integers.cuh"
@@ -15,10 +16,10 @@ using namespace taper;
                   int row0, const uint4* plan, uint8_t* weights, uint32_t* overflow, uint32_t capacity) {       \
     pack_integers<L>(dense, rows, cols, stride, scales, scale_stride, row0, plan, weights, overflow, capacity); \
   }                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(256)                                                             \
+  extern "C" __global__ void __launch_bounds__(256, DECODE_BLOCKS)                                              \
       NAME##_decode(const uint8_t* weights, const uint32_t* overflow, const float* row_scale, uint16_t* out,    \
                     int out_type, int rows, int cols, int stride, int tile0) {                                  \
-    decode_stage<L>(weights, overflow, out, rows, cols, stride, tile0, row_scale, out_type);                    \
+    decode_rows<L>(weights, overflow, {out, rows, cols, stride, tile0}, row_scale, out_type);                   \
   }                                                                                                             \
   extern "C" __global__ void __launch_bounds__(256)                                                             \
       NAME##_ids(const uint8_t* weights, const uint32_t* overflow, const float* row_scale, const uint32_t* ids, \

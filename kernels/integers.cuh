@@ -41,6 +41,9 @@ struct Integers {
   static constexpr int GROUP = 0;
   static constexpr bool SCALED = true;
   __device__ __forceinline__ static float unit_scale(uint32_t trailer, int u) { return lds_float(trailer + 8 + 4 * u); }
+  __device__ __forceinline__ static float unit_scale(const uint8_t* trailer, int u) {
+    return __ldg((const float*)(trailer + 8) + u);
+  }
 };
 
 struct Int8 : Integers {
@@ -50,6 +53,10 @@ struct Int8 : Integers {
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
 #pragma unroll
       for (int j = 0; j < 4; j++) words[j] = lds128(at + 512 * j + lane * 16);
+    }
+    __device__ __forceinline__ void fetch(const uint8_t* at, const uint8_t*, int, int lane, uint64_t policy) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) words[j] = ldg_stream128(at + 512 * j + lane * 16, policy);
     }
     // Vector j as bytes.
     __device__ __forceinline__ void bytes(int j, uint32_t (&a)[4]) const {
@@ -102,6 +109,10 @@ struct IntN : Integers {
         const int at = 4 * (j % 2) + i;
         if (BITS == 5) a[i] |= (at < 3 ? bits << (3 - at) : bits >> (at - 3)) & 0x08080808u;
       }
+    }
+    __device__ __forceinline__ void fetch(const uint8_t* at, const uint8_t*, int, int lane, uint64_t policy) {
+      upper[0] = ldg_stream128(at + lane * 16, policy), upper[1] = ldg_stream128(at + 512 + lane * 16, policy);
+      if (BITS == 5) lowest = __ldg((const uint2*)(at + 1024 + lane * 8));
     }
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
       const uint32_t w[4] = {upper[j / 2].x, upper[j / 2].y, upper[j / 2].z, upper[j / 2].w},

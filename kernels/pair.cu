@@ -7,6 +7,7 @@
 //                          decodes to | 1 << 13 likewise e1
 //     table[256]           entry of the code that the low bits of the index begin with
 #include "pair_code.cuh"
+#include "pair_decode.cuh"
 #include "pair_product.cuh"
 
 using namespace taper;
@@ -60,17 +61,19 @@ extern "C" __global__ void __launch_bounds__(256) pair_size(const uint16_t* dens
 }
 
 // Pass 2, one block of 1024 threads: sizes of n stages to offsets[0..n], which go on from totals[0] (zero before the
-// first row block). totals: [0] 16-byte pieces so far, [1] the largest stage's; if that is IMPOSSIBLE the matrix needs
-// another layout.
+// first row block). totals: [0] 16-byte pieces so far, [1] the largest stage's, [2] the most that header and tail of a
+// stage have; if [1] is IMPOSSIBLE the matrix needs another layout.
 extern "C" __global__ void __launch_bounds__(1024)
-    pair_scan(const uint32_t* sizes, int n, uint32_t* offsets, uint32_t* totals) {
+    pair_scan(const uint32_t* sizes, int n, int cols, uint32_t* offsets, uint32_t* totals) {
   __shared__ uint32_t sums[32];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  uint32_t base = totals[0], most = 0;
+  const Shape<Pair> shape(1, cols);
+  uint32_t base = totals[0], most = 0, besides = 0;
   for (int first = 0; first < n; first += 1024) {
     const int i = first + tid;
     const uint32_t mine = i < n ? sizes[i] : 0;
     most = max(most, mine);
+    if (i < n) besides = max(besides, mine - shape.units_of(i % shape.stages) * (Pair::UNIT_BYTES / 16));
     uint32_t upto = mine;
     for (int d = 1; d < 32; d *= 2) {
       const uint32_t up = __shfl_up_sync(~0u, upto, d);
@@ -84,8 +87,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     base += all;
     __syncthreads();
   }
-  most = __reduce_max_sync(~0u, most);
-  if (lane == 0) atomicMax(totals + 1, most);
+  most = __reduce_max_sync(~0u, most), besides = __reduce_max_sync(~0u, besides);
+  if (lane == 0) atomicMax(totals + 1, most), atomicMax(totals + 2, besides);
   if (tid == 0) offsets[n] = totals[0] = base;
 }
 
@@ -163,97 +166,16 @@ extern "C" __global__ void __launch_bounds__(256)
   });
 }
 
-// A stage in shared memory, as a decoder's warps see it: unit `warp` to one, repairs to all.
-struct PairStage {
-  uint32_t at, tail, units;
-  __device__ PairStage(uint32_t at_, int units_)
-      : at(at_), tail(at_ + pair_header_bytes(units_) + units_ * Pair::UNIT_BYTES), units(units_) {}
-  // Hands vector j's registers to put(j, a), with exponents of zero for weights that are repaired.
-  template <class Put>
-  __device__ __forceinline__ void decode(uint32_t table_at, int warp, int lane, Put put) const {
-    const uint32_t by128 = blockDim.y * 128, bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
-    PairStreams<1> stream;
-    stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + units * 4 + 32 * warp + lane), lane);
-#pragma unroll 1
-    for (int j = 0; j < 4; j++) {
-      const uint4 s = lds128(bytes + 512 * j + 16 * lane);
-      uint32_t entry[2][1][4], a[8], half[4];
-      stream.next(table_at + lane * 4, by128, entry[0]);
-      stream.next(table_at + lane * 4, by128, entry[1]);
-      join4(half, s.x, s.y, entry[0][0]);
-      a[0] = half[0], a[1] = half[1], a[2] = half[2], a[3] = half[3];
-      join4(half, s.z, s.w, entry[1][0]);
-      a[4] = half[0], a[5] = half[1], a[6] = half[2], a[7] = half[3];
-      put(j, a);
-    }
-  }
-  // Hands the unit's repairs to put(row in the tile, column in the stage, value), when its weights have been written.
-  template <class Put>
-  __device__ __forceinline__ void repair(int warp, int lane, Put put) const {
-    __syncwarp();
-    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
-    for (int q = lane; q < repairs; q += 32) {
-      const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, (uint16_t)(e >> 16));
-    }
-  }
-};
-
-// Copies a stage to `at` with all threads of the block.
-__device__ __forceinline__ void copy_stage(uint32_t at, const uint8_t* weights, const uint32_t* offset, int tid) {
-  const uint32_t from = __ldg(offset), pieces = __ldg(offset + 1) - from;
-  const uint64_t policy = evict_first_policy();
-  for (uint32_t q = tid; q < pieces; q += 256) async_copy16(at + 16 * q, weights + ((size_t)from + q) * 16, policy);
-  async_commit();
-}
-
 // Dense rows again. As many blocks as fit, each takes every gridDim.x-th of `stages` stages (tiles tile0 ...); out's
-// first row is row 16 tile0. Dynamic shared memory: TABLE_BYTES + slot_bytes.
-extern "C" __global__ void __launch_bounds__(256)
+// first row is row 16 tile0. Dynamic shared memory: TABLE_BYTES + 2 * slot_bytes, of which each is room for the longest
+// header and tail. While a stage is decoded the next one is on its way.
+extern "C" __global__ void __launch_bounds__(256, 3)
     pair_decode(const uint8_t* weights, const uint32_t* offsets, const uint32_t* table, uint16_t* out, int rows,
-                int cols, int stride, int tile0, int stages) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
-  const Shape<Pair> shape(rows, cols);
-  const uint32_t table_at = shared_address(memory), at = table_at + TABLE_BYTES;
-  const bool aligned = ((size_t)out & 15) == 0 && stride % 8 == 0;
-  Table<256>(table, tid).store(table_at, tid);
-  let_next_kernel_start();
-  bool first = true;
-  for (int i = blockIdx.x; i < stages; i += gridDim.x) {
-    const int number = i % shape.stages, tile = tile0 + i / shape.stages, units = shape.units_of(number);
-    __syncthreads();
-    copy_stage(at, weights, offsets + (size_t)tile * shape.stages + number, tid);
-    if (first) wait_for_previous_kernel();
-    first = false;
-    async_wait<0>();
-    __syncthreads();
-    if (warp >= units) continue;
-    const PairStage stage(at, units);
-    const int row = tile * TILE_ROWS + g, col = (number * Pair::UNITS + warp) * UNIT_COLS;
-    uint16_t* const to = out + (size_t)(row - tile0 * TILE_ROWS) * stride + col + t * 8;
-    stage.decode(table_at, warp, lane, [&](int j, const uint32_t (&a)[8]) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int k = col + 32 * j + t * 8;
-        if (row + 8 * h >= rows || k >= cols) continue;
-        uint16_t* p = to + (size_t)8 * h * stride + 32 * j;
-        if (aligned && k + 8 <= cols)
-          *(uint4*)p = make_uint4(a[h], a[2 + h], a[4 + h], a[6 + h]);
-        else
-          for (int e = 0; e < 8; e++)
-            if (k + e < cols)
-              p[e] = (uint16_t)((e / 2 == 0   ? a[h]
-                                 : e / 2 == 1 ? a[2 + h]
-                                 : e / 2 == 2 ? a[4 + h]
-                                              : a[6 + h]) >>
-                                16 * (e & 1));
-      }
-    });
-    stage.repair(warp, lane, [&](int r, int k, uint16_t value) {
-      out[(size_t)((tile - tile0) * TILE_ROWS + r) * stride + number * Pair::UNITS * UNIT_COLS + k] = value;
-    });
-  }
+                int cols, int stride, int tile0, int stages, int slot_bytes) {
+  if (rows % TILE_ROWS == 0 && cols % UNIT_COLS == 0 && ((size_t)out & 15) == 0 && stride % 8 == 0)
+    decode_pairs<true>(weights, offsets, table, out, rows, cols, stride, tile0, stages, slot_bytes);
+  else
+    decode_pairs<false>(weights, offsets, table, out, rows, cols, stride, tile0, stages, slot_bytes);
 }
 
 // Row ids[i] to row i of out; an id outside the table gives zeros. Grid: ids, stages; block and shared memory as above.

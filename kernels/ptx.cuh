@@ -52,11 +52,13 @@ __device__ __forceinline__ void sts16(uint32_t a, uint32_t v) {
 __device__ __forceinline__ void sts_float(uint32_t a, float v) { sts32(a, __float_as_uint(v)); }
 
 // ---- global memory: weights are read once and should not push activations out of the caches ----
-__device__ __forceinline__ uint4 ldg_stream(const void* p) {
+// With evict_first_policy(). Not .nc: ptxas would put such loads behind wait_for_previous_kernel().
+__device__ __forceinline__ uint4 ldg_stream128(const void* p, uint64_t policy) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+               : "l"(p), "l"(policy)
+               : "memory");
   return v;
 }
 
@@ -65,6 +67,11 @@ __device__ __forceinline__ uint32_t atomic_add_ordered(uint32_t* p, uint32_t v) 
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
   return before;
+}
+
+// Never taken apart, as the compiler does with an assignment.
+__device__ __forceinline__ void stg128(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // ---- matrix product: D (16 x 8) += A (16 x 16, rows) * B (16 x 8, columns), bf16 in, f32 out ----

@@ -49,6 +49,13 @@ __device__ __forceinline__ uint32_t repair(uint32_t value, int unit, int slot) {
 __device__ __forceinline__ int repair_slot(int j, int lane, int p, int half) {
   return 512 * j + 256 * (p >> 2) + 8 * lane + 2 * (p & 3) + half;
 }
+// The row and the column in the unit.
+struct RepairPlace {
+  int row, col;
+  __device__ __forceinline__ explicit RepairPlace(int slot)
+      : row((slot >> 5 & 7) + 8 * (slot >> 1 & 1)),
+        col((slot >> 9) * 32 + (slot >> 3 & 3) * 8 + (slot >> 8 & 1) * 4 + (slot >> 1 & 2) + (slot & 1)) {}
+};
 __device__ __forceinline__ bool repairs_unit(uint32_t entry, int unit) { return (entry >> 11 & 31) == (16u | unit); }
 
 // Decodes one unit and hands vector j's registers to use(j, a). `scratch` is the unit's own place in shared memory.

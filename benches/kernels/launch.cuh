@@ -54,7 +54,7 @@ struct Launch {
 struct Config {
   cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
-  Config(int grid, int block, int shared_bytes, cudaStream_t stream, bool programmatic) {
+  Config(dim3 grid, int block, int shared_bytes, cudaStream_t stream, bool programmatic) {
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

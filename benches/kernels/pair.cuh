@@ -28,15 +28,15 @@ class PairMatrix {
     const size_t stages = (size_t)shape_.tiles * shape_.stages;
     offsets_ = Buffer<uint32_t>(stages + 1);
     make_code(block_rows);
-    const Buffer<uint32_t> sizes(stages), totals(2);
-    totals.fill(0, 2);
+    const Buffer<uint32_t> sizes(stages), totals(3);
+    totals.fill(0, 3);
     each_block(block_rows, [&](const uint16_t* from, int rows, int stages, uint32_t* offsets) {
       size(from, rows, stages, sizes.get(), nullptr);
-      pair_scan<<<1, 1024>>>(sizes.get(), stages, offsets, totals.get());
+      pair_scan<<<1, 1024>>>(sizes.get(), stages, dense.cols, offsets, totals.get());
     });
-    uint32_t pieces[2];  // of 16 bytes: in all, in the largest stage
-    totals.download(pieces, 2);
-    slot_bytes_ = pieces[1] * 16 + 16;
+    uint32_t pieces[3];  // of 16 bytes: in all, in the largest stage, at most besides signs and mantissas
+    totals.download(pieces, 3);
+    slot_bytes_ = pieces[1] * 16 + 16, decode_bytes_ = pieces[2] * 16 + 16;
     const bool possible = pieces[1] < IMPOSSIBLE;
     bytes_ = possible ? (size_t)pieces[0] * 16 : 16;
     weights_ = Buffer<uint8_t>(bytes_);
@@ -64,10 +64,13 @@ class PairMatrix {
   // Dense rows of `tiles` tiles from `tile0` on; false if the matrix's stages do not fit.
   bool decode(const uint8_t* weights, uint16_t* out, Type, int stride, int tile0, int tiles,
               cudaStream_t stream) const {
-    const int shared = TABLE_BYTES + slot_bytes_, stages = tiles * shape_.stages;
+    const int shared = TABLE_BYTES + 2 * decode_bytes_, stages = tiles * shape_.stages;
     if (shared > device_.shared_limit) return false;
-    pair_decode<<<std::min(stages, 4 * device_.multiprocessors), 256, shared, stream>>>(
-        weights, offsets_.get(), table_.get(), out, dense_.rows, dense_.cols, stride, tile0, stages);
+    int blocks = 0;
+    CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, pair_decode, 256, shared));
+    const Config how(std::min(stages, blocks * device_.multiprocessors), 256, shared, stream, true);
+    CUDA(cudaLaunchKernelEx(&how.config, pair_decode, weights, offsets_.get(), table_.get(), out, dense_.rows,
+                            dense_.cols, stride, tile0, stages, decode_bytes_));
     return true;
   }
 
@@ -136,7 +139,7 @@ class PairMatrix {
   const DenseMatrix& dense_;
   Shape<Pair> shape_;
   size_t bytes_;
-  int slot_bytes_, filler_, symbols_;
+  int slot_bytes_, decode_bytes_, filler_, symbols_;
   double code_bits_;
   Buffer<uint8_t> weights_;
   Buffer<uint16_t> codes_;

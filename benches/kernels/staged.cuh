@@ -212,8 +212,9 @@ class Staged {
   // Dense rows of `tiles` tiles from `tile0` on.
   bool decode(const uint8_t* weights, uint16_t* out, Type type, int stride, int tile0, int tiles,
               cudaStream_t stream) const {
-    Kernels<L>::decode(Config(tiles * shape_.stages, 256, 0, stream, true), weights, overflow_.get(),
-                       dense_.row_scales.get(), out, type, dense_.rows, dense_.cols, stride, tile0);
+    const dim3 grid(shape_.stages, tiles);
+    Kernels<L>::decode(Config(grid, 256, 0, stream, true), weights, overflow_.get(), dense_.row_scales.get(), out, type,
+                       dense_.rows, dense_.cols, stride, tile0);
     return true;
   }
 

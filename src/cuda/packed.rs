@@ -155,22 +155,30 @@ impl Fused for Packed {
         if !self.decodes_to(dtype) {
             return Err(Error::Invalid(format!("a packed matrix as {}", dtype.name())));
         }
-        let blocks = rows.len().div_ceil(TILE_ROWS) * stages(cols);
-        if blocks == 0 {
-            return Ok(());
+        let (tiles, stages) = (rows.len().div_ceil(TILE_ROWS), stages(cols));
+        let (height, cols, kind, nothing) = (height as i32, cols as i32, kind_of(dtype), 0u64);
+        let kernel = &self.kernels.packed(self.family)?.decode;
+        // A block for each stage of a tile. The grid's second dimension ends at 65,535; block formats have it in the first.
+        let most = if self.family.blocks() { tiles.max(1) } else { 65_535 };
+        for first in (0..tiles).step_by(most) {
+            let count = most.min(tiles - first);
+            let grid_dim = match self.family.blocks() {
+                true => ((count * stages) as u32, 1, 1),
+                false => (stages as u32, count as u32, 1),
+            };
+            let tile = (rows.start / TILE_ROWS + first) as i32;
+            let mut part = out.slice_mut(first * TILE_ROWS * self.geometry.cols * dtype.size()..);
+            let mut launch = stream.launch_builder(kernel);
+            self.source(&mut launch, &nothing);
+            launch.arg(&mut part);
+            if self.family.scaled() {
+                launch.arg(&kind);
+            }
+            launch.arg(&height).arg(&cols).arg(&cols).arg(&tile);
+            let config = LaunchConfig { grid_dim, block_dim: (256, 1, 1), shared_mem_bytes: 0 };
+            // SAFETY: the grid covers these rows, which `out` has room for; those past the matrix's end are not written.
+            driver(unsafe { launch.launch(config) })?;
         }
-        let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
-        let (nothing, kind) = (0u64, kind_of(dtype));
-        let mut launch = stream.launch_builder(&self.kernels.packed(self.family)?.decode);
-        self.source(&mut launch, &nothing);
-        launch.arg(out);
-        if self.family.scaled() {
-            launch.arg(&kind);
-        }
-        launch.arg(&height).arg(&cols).arg(&cols).arg(&tile);
-        let config = LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
-        // SAFETY: the grid covers these rows, which `out` has room for; those past the matrix's end are not written.
-        driver(unsafe { launch.launch(config) })?;
         Ok(())
     }
 

@@ -51,11 +51,12 @@ impl PairKernels {
         })
     }
 
-    /// Whether blocks have the shared memory for a matrix whose largest stage takes `slot` bytes.
-    pub fn fit(&self, geometry: Geometry, slot: usize, processors: usize) -> bool {
+    /// Whether blocks have the shared memory for a matrix whose largest stage takes `slot` bytes, of which at most
+    /// `decode_slot` are no signs and mantissas.
+    pub fn fit(&self, geometry: Geometry, slot: usize, decode_slot: usize, processors: usize) -> bool {
         let room = |kernel: &(CudaFunction, usize)| kernel.1;
         let row = LaunchShape::of_pair(geometry, slot, (processors, room(&self.products[0])), 1, 1, false);
-        row.is_some() && PAIR_TABLE + slot <= room(&self.decode).min(room(&self.ids))
+        row.is_some() && PAIR_TABLE + slot <= room(&self.ids) && PAIR_TABLE + 2 * decode_slot <= room(&self.decode)
     }
 }
 
@@ -83,8 +84,9 @@ pub(super) struct Pair {
     pub(super) offsets: CudaSlice<u32>,
     /// What the codes decode to.
     pub(super) table: CudaSlice<u32>,
-    /// Shared memory for the largest stage.
+    /// Shared memory for the largest stage, and for what decoders keep of one.
     pub(super) slot: usize,
+    pub(super) decode_slot: usize,
 }
 
 impl fmt::Debug for Pair {
@@ -93,11 +95,9 @@ impl fmt::Debug for Pair {
     }
 }
 
-impl Pair {
-    /// A launch whose blocks have room for the table and a stage.
-    fn config(&self, grid_dim: (u32, u32, u32)) -> LaunchConfig {
-        LaunchConfig { grid_dim, block_dim: (256, 1, 1), shared_mem_bytes: (PAIR_TABLE + self.slot) as u32 }
-    }
+/// A launch whose blocks have room for the table and `bytes` more.
+fn config(grid_dim: (u32, u32, u32), bytes: usize) -> LaunchConfig {
+    LaunchConfig { grid_dim, block_dim: (256, 1, 1), shared_mem_bytes: (PAIR_TABLE + bytes) as u32 }
 }
 
 impl Fused for Pair {
@@ -142,11 +142,13 @@ impl Fused for Pair {
             return Ok(());
         }
         let (height, cols, tile) = (height as i32, cols as i32, (rows.start / TILE_ROWS) as i32);
-        let config = self.config((count.min(4 * self.kernels.processors) as u32, 1, 1));
-        let count = count as i32;
+        // As many blocks as run at once.
+        let blocks = count.min(3 * self.kernels.processors) as u32;
+        let config = config((blocks, 1, 1), 2 * self.decode_slot);
+        let (count, slot) = (count as i32, self.decode_slot as i32);
         let mut launch = stream.launch_builder(&self.kernels.pair.decode.0);
         launch.arg(&self.weights).arg(&self.offsets).arg(&self.table).arg(out);
-        launch.arg(&height).arg(&cols).arg(&cols).arg(&tile).arg(&count);
+        launch.arg(&height).arg(&cols).arg(&cols).arg(&tile).arg(&count).arg(&slot);
         // SAFETY: `count` stages are those of the rows, which `out` has room for; those past the matrix's end are not written.
         driver(unsafe { launch.launch(config) })?;
         Ok(())
@@ -165,7 +167,7 @@ impl Fused for Pair {
             return Ok(());
         }
         let stream = self.device.cuda_stream();
-        let config = self.config((ids.len() as u32, stages(cols) as u32, 1));
+        let config = config((ids.len() as u32, stages(cols) as u32, 1), self.slot);
         let (rows, cols) = (rows as i32, cols as i32);
         let mut launch = stream.launch_builder(&self.kernels.pair.ids.0);
         launch.arg(&self.weights).arg(&self.offsets).arg(&self.table).arg(ids).arg(out);
@@ -179,7 +181,7 @@ impl Fused for Pair {
         // Each launch reads all weights: that many take as long as decoding them and cuBLAS.
         let most = if dtype == Dtype::F32 { 8 } else { 2 };
         let Some(each) = rows_each(batch, dtype, COLUMNS, most) else { return Ok(false) };
-        let Pair { kernels, device, geometry, weights, offsets, table, slot } = self;
+        let Pair { kernels, device, geometry, weights, offsets, table, slot, .. } = self;
         let factor = Factor { kernels, device, geometry: *geometry, weights, overflow: table, row_scale: None };
         let shape = |batch, parts, programmatic| {
             let products = &kernels.pair.products;

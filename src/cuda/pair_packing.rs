@@ -60,23 +60,23 @@ impl Packing<'_> {
         }
         let codes = (&device.clone_htod(&code.codes)?, code.filler as i32);
         let (mut sizes, mut offsets) = (zeros(stream, all)?, zeros(stream, all + 1)?);
-        let totals = device.alloc_zeros::<u32>(2)?;
+        let totals = device.alloc_zeros::<u32>(3)?;
         self.each_block(|packing, rows| {
             packing.size(rows.len(), codes, &mut sizes)?;
             packing.scan(rows, &sizes, &mut offsets, &totals)
         })?;
         drop(sizes);
         let totals = driver(device.cuda_stream().clone_dtoh(&totals))?;
-        let [pieces, largest] = [0, 1].map(|i| totals.get(i).copied().unwrap_or(u32::MAX));
-        let slot = 16 * largest as usize + 16;
-        if largest >= IMPOSSIBLE || !kernels.pair.fit(geometry, slot, kernels.processors) {
+        let [pieces, largest, besides] = [0, 1, 2].map(|i| totals.get(i).copied().unwrap_or(u32::MAX));
+        let [slot, decode_slot] = [largest, besides].map(|pieces| 16 * pieces as usize + 16);
+        if largest >= IMPOSSIBLE || !kernels.pair.fit(geometry, slot, decode_slot, kernels.processors) {
             return Ok(None);
         }
         let bytes = 16 * pieces as usize;
         // SAFETY: every byte of a stage is written by the packing kernel.
         let weights = unsafe { device.alloc::<u8>(bytes) }.map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let table = device.clone_htod(&code.table)?;
-        let pair = Pair { kernels, device, geometry, weights, offsets, table, slot };
+        let pair = Pair { kernels, device, geometry, weights, offsets, table, slot, decode_slot };
         self.each_block(|packing, rows| packing.pack(rows, codes, &pair))?;
         stream.check()?;
         // Products may fetch weights before the kernel that they follow has ended, so weights must be complete by then.
@@ -138,10 +138,10 @@ impl Packing<'_> {
         let stream = self.stream.device().cuda_stream();
         let (first, count) = self.stages(&rows);
         let mut part = offsets.slice_mut(first..first + count + 1);
-        let count = count as i32;
+        let (count, cols) = (count as i32, self.stream.geometry().cols as i32);
         let mut launch = stream.launch_builder(&self.stream.kernels().pair.scan);
-        launch.arg(sizes).arg(&count).arg(&mut part).arg(totals);
-        // SAFETY: `part` has a word for each size and one more, `totals` two, which only this kernel knows of.
+        launch.arg(sizes).arg(&count).arg(&cols).arg(&mut part).arg(totals);
+        // SAFETY: `part` has a word for each size and one more, `totals` three, which only this kernel knows of.
         driver(unsafe { launch.launch(config(1, 1024)) })?;
         Ok(())
     }
