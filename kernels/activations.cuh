@@ -110,14 +110,12 @@ __device__ __noinline__ void split_activations(uint32_t dst, int stride, const v
 template <int THREADS>
 __device__ __forceinline__ void load_activations(uint32_t dst, int stride, const void* x, int type, int x_stride,
                                                  int batch, int cols, int first, int width, int tid) {
-  const int size = type == F32 ? 4 : 2, chunks = width / 8, total = batch * chunks;
+  const int size = type == F32 ? 4 : 2;
   const bool aligned = (((size_t)x | (size_t)((long long)x_stride * size)) & 15) == 0;
   if (type == BF16 && aligned && first + width <= cols) {
-    int row = 0, chunk = tid;
-    for (int i = tid; i < total; i += THREADS, chunk += THREADS) {
-      while (chunk >= chunks) chunk -= chunks, row++;
-      async_copy16(dst + row * stride + chunk * 16, (const uint16_t*)x + (size_t)row * x_stride + first + chunk * 8);
-    }
+    const uint16_t* from = (const uint16_t*)x + first;
+    for (int row = 0; row < batch; row++, dst += stride, from += x_stride)
+      for (int at = tid * 8; at < width; at += THREADS * 8) async_copy16(dst + at * 2, from + at);
     return;
   }
   split_activations<THREADS>(dst, stride, x, type, x_stride, batch, cols, first, width, tid, aligned);

@@ -15,6 +15,9 @@
 // one packed addition takes away what they are too large by. Integers out of range, and values that are none (escapes
 // of rate-coded tensors, divided by their scale), are repairs, as bf16.
 //
+// Up to BYTE_ROWS rows of activations are multiplied as bytes: what making planes of them takes must be less than what
+// making bf16 of the weights does.
+//
 // Budget per weight: as bytes int8 nothing, int4 0.4, int5 0.9; as bf16, per pair: int8 shift, 2 LOP3, HFMA2: 1.75;
 // int4 shift, LOP3, HFMA2: 1.5; int5 two more: 2.5.
 #pragma once
@@ -47,7 +50,7 @@ struct Integers {
 };
 
 struct Int8 : Integers {
-  static constexpr int UNIT_BYTES = 2048, LOWEST = -128, HIGHEST = 127, SHIFTED = 1;
+  static constexpr int UNIT_BYTES = 2048, LOWEST = -128, HIGHEST = 127, SHIFTED = 1, BYTE_ROWS = 8;
   struct Unit {
     uint4 words[4];
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
@@ -92,7 +95,7 @@ template <int BITS>
 struct IntN : Integers {
   static_assert(BITS == 4 || BITS == 5, "");
   static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1,
-                       SHIFTED = 1 << (8 - BITS);
+                       SHIFTED = 1 << (8 - BITS), BYTE_ROWS = BITS == 5 ? 8 : 2;
   struct Unit {
     uint4 upper[2];
     uint2 lowest;

@@ -65,13 +65,15 @@ struct Bf16Columns {
   }
   // The tile's sums to mine[column][row] in shared memory; zero again.
   __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
+    const int first = 2 * (lane & 3);
+    const uint32_t to = mine + (first * TILE_ROWS + (lane >> 2)) * 4;
 #pragma unroll
     for (int nb = 0; nb < NB; nb++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int column = 8 * nb + 2 * (lane & 3) + (i & 1);
-        if (column < columns)
-          sts_float(mine + (column * TILE_ROWS + (lane >> 2) + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
+        const int column = 8 * nb + (i & 1);
+        const float sum = c0[nb][i] + c1[nb][i];
+        if (first + column < columns) sts_float(to + (column * TILE_ROWS + 8 * (i >> 1)) * 4, sum);
         c0[nb][i] = c1[nb][i] = 0;
       }
   }
@@ -148,8 +150,8 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
   bool done = false;
-  if constexpr (byte_products<L>() && NB == 1) {
-    if (p.x_type != F32) {
+  if constexpr (byte_rows<L>() && NB == 1) {
+    if (p.x_type != F32 && p.batch <= byte_rows<L>()) {
       const Planes planes(xs, width);
       const auto make = [&](auto halves) {
         return make_planes<THREADS, decltype(halves)::value>(planes, p.x, p.x_stride, p.batch, p.cols, part.first_col(),
@@ -162,9 +164,9 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
         const auto multiply = [&](auto how) {
           all_tiles<L, TEAMS>(p, part, ring, how, team, p.batch, 1, sums, padded_rows);
         };
-        if (p.batch <= 2)
+        if (byte_rows<L>() <= 2 || p.batch <= 2)
           multiply(PlaneColumns<L, true>(planes, p.batch, lane));
-        else
+        else if constexpr (byte_rows<L>() > 2)
           multiply(PlaneColumns<L, false>(planes, p.batch, lane));
       }
     }

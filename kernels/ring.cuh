@@ -40,13 +40,13 @@ constexpr bool HOPPER =
 #else
     true;
 #endif
-// Whether layout L has its weights as bytes (integers.cuh).
+// Whether layout L has its weights as bytes (integers.cuh), and how many rows of activations it multiplies as such.
 template <class L>
-__host__ __device__ constexpr bool byte_products() {
-  if constexpr (L::GROUP == 0)
-    return L::SCALED;
+__host__ __device__ constexpr int byte_rows() {
+  if constexpr (L::GROUP == 0 && L::SCALED)
+    return L::BYTE_ROWS;
   else
-    return false;
+    return 0;
 }
 
 // Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that
@@ -54,7 +54,7 @@ __host__ __device__ constexpr bool byte_products() {
 // nothing. Layout `fixed` has products with either.
 template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
-  return (L::GROUP >= 16 || byte_products<L>()) && hopper ? 2 : 1;
+  return (L::GROUP >= 16 || byte_rows<L>()) && hopper ? 2 : 1;
 }
 __host__ __device__ constexpr int block_of(int teams) { return CONSUMER_THREADS * teams + 32; }
 template <class L>
@@ -90,12 +90,12 @@ __host__ __device__ constexpr int group_sums_bytes() {
   else
     return !L::AWAY ? 0 : L::GROUP == 128 ? 8 : 8 * UNIT_COLS / L::GROUP;
 }
-// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or three planes with layouts of bytes
-// and up to eight columns.
+// `batch` rows of `width` activations, each of which is `parts` columns of bf16, or where bytes are multiplied three
+// planes.
 template <class L>
 __host__ __device__ constexpr int activations_bytes(int width, int batch, int parts) {
   const int columns = batch * parts * (activation_stride(width) + width / UNIT_COLS * group_sums_bytes<L>()),
-            planes = byte_products<L>() && parts < 3 && batch * parts <= 8 ? planes_bytes(width, batch) : 0;
+            planes = parts < 3 && batch * parts <= 8 && batch <= byte_rows<L>() ? planes_bytes(width, batch) : 0;
   return columns > planes ? columns : planes;
 }
 template <class L>

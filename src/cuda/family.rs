@@ -87,9 +87,14 @@ impl Family {
         self != Family::Fixed
     }
 
-    /// Whether its weights are integers that are multiplied as bytes: `kernels/byte_product.cuh`.
-    pub fn integers(self) -> bool {
-        matches!(self, Family::Int8 | Family::Int5 | Family::Int4)
+    /// The most rows of activations that its weights are multiplied with as bytes (`kernels/byte_product.cuh`); 0 if they
+    /// are no bytes.
+    pub fn byte_rows(self) -> usize {
+        match self {
+            Family::Int8 | Family::Int5 => 8,
+            Family::Int4 => 2,
+            _ => 0,
+        }
     }
 
     /// Whether it is one of the block formats.

@@ -90,7 +90,7 @@ impl LaunchShape {
                 true => 27_648,
                 false => 49_152,
             });
-            let own = if hopper && (family.blocks() || family.integers()) { 2 } else { 1 };
+            let own = if hopper && (family.blocks() || family.byte_rows() > 0) { 2 } else { 1 };
             let keep = |teams: usize| if columns <= 4 { 8 } else { 32 / columns } / teams;
             let besides = |teams: usize, slabs: usize| {
                 let units = stages.div_ceil(slabs) * Family::UNITS;
@@ -101,7 +101,8 @@ impl LaunchShape {
                 }
                 let exact = columns * (units * (2 * UNIT_COLS + sums) + 64);
                 let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
-                let activations = if family.integers() && parts < 3 && columns <= 8 { exact.max(planes) } else { exact };
+                let bytes = parts < 3 && columns <= 8 && batch <= family.byte_rows();
+                let activations = if bytes { exact.max(planes) } else { exact };
                 256 + keep(teams) * columns * 512 * teams + activations
             };
             // Teams take stages in turn: slots must be more than what is on its way, see `Ring`. Those of a single row are
@@ -113,8 +114,7 @@ impl LaunchShape {
             };
             let few = in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
             let least = |teams: usize| if teams > 1 { few + apart(teams) } else { 3 };
-            let fewest =
-                |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
+            let fewest = |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
             let (one, two) = (fewest(1), fewest(2));
             // Two teams of `fixed` gain where there are many columns, if their slots leave room for those, or few stages.
             let gain = family == Family::Fixed
