@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(256) fp8_arrange(const __grid_const
 }
 
 #define FP8_PRODUCT(N, S)                                            \
-  extern "C" __global__ void __launch_bounds__(PREFILL_BLOCK, 1)     \
+  extern "C" __global__ void __launch_bounds__(FP8_BLOCK, 1)     \
       fp8_product_##N(const __grid_constant__ Prefill p) {           \
     fp8_product<LayoutInt4G128, N, S>(p);                            \
   }

@@ -14,22 +14,24 @@
 //              4 t + b of chunks 2 j and 2 j + 1 is column 32 j + 8 t + {0, 2, 1, 3}[b], or 4 more, as registers of A lie
 //              in unit.cuh. Then X: block of columns, eight units, the upper parts and the lower ones, column, unit.
 //              Then what each column is to be multiplied with in the end.
-// Work split   As prefill.cuh: a block is 128 rows of the matrix x N columns of activations; two warpgroups of consumers,
+// Work split   As prefill_wide.cuh: a block is 128 rows of the matrix x N columns of activations; two warpgroups of consumers,
 //              and one whose first warp fetches weights and whose second fetches activations.
 // Budget       A unit of N = 128 is 512 cycles of the tensor cores, for both warpgroups. A warp issues 152 instructions for
 //              it, 64 of them adding sums in f32; products whose A and D are registers overlap with hardly any of them (the
 //              same was seen with products alone and with the adding alone), so it takes 1150. N = 256: 270 instructions,
 //              2300 cycles of which 1024; N = 64: 123, and 8.6 KB of weights, 450 cycles of the memory.
-// Order        as prefill.cuh.
+// Order        as prefill_wide.cuh.
 //
 // Launch       fp8_arrange: grid padded batch, block 256. `x` of the product: Fp8Arranged's bytes, 128-byte aligned.
-//              fp8_product_N: as prefill.cuh's, dynamic shared memory fp8_shared_bytes<N>().
+//              fp8_product_N: as prefill_wide.cuh's, dynamic shared memory fp8_shared_bytes<N>().
 #pragma once
+#include "cluster.cuh"
 #include "kquant.cuh"
-#include "prefill.cuh"
+#include "prefill_parts.cuh"
 
 namespace taper {
 
+constexpr int FP8_BLOCK = CONSUMER_THREADS + 128;
 // Units whose sums of activations are multiplied at once.
 constexpr int FP8_SUMS = 16;
 // Bytes of N arranged columns: of a unit, of the sums of FP8_SUMS units.
@@ -160,12 +162,6 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Whether this is the lane that is to act for its warp.
-__device__ __forceinline__ bool elected() {
-  uint32_t yes;
-  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(yes));
-  return yes;
-}
 __device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
   uint32_t d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));

@@ -45,6 +45,13 @@ struct Codes {
     if (ONES) raw.ones = lds16(at + ONES_AT + 64 * j + 2 * lane);
     return raw;
   }
+  // Calls use(at, bytes) for each range that vectors 2 part and 2 part + 1 have.
+  template <class Use>
+  __device__ __forceinline__ static void halves(int part, Use use) {
+    if (NIBBLES) use(512 * part, 512);
+    if (PAIRS) use(PAIRS_AT + 256 * part, 256);
+    if (ONES) use(ONES_AT + 128 * part, 128);
+  }
   // The bits of `mask`, moved from bit `from` to bit `to`.
   __device__ __forceinline__ static uint32_t field(uint32_t word, int from, int to, uint32_t mask) {
     return (from > to ? word >> (from - to) : word << (to - from)) & mask << to;
@@ -93,6 +100,10 @@ struct Codes<8> {
   static constexpr int BYTES = 2048, MAGIC = 0, SECOND = 0;
   using Raw = uint4;
   __device__ __forceinline__ static Raw load(uint32_t at, int lane, int j) { return lds128(at + 512 * j + 16 * lane); }
+  template <class Use>
+  __device__ __forceinline__ static void halves(int part, Use use) {
+    use(1024 * part, 1024);
+  }
   // Bytes are kept with their highest bit flipped: n + 128. Its lower bits and 128 are one bf16, and what must be taken
   // away is 128 or 256, which one bit of the exponent tells apart.
   __device__ __forceinline__ static void expand(const Raw& raw, uint32_t magic, uint32_t (&a)[8]) {

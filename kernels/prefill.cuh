@@ -1,266 +1,185 @@
-// y = x W^T for many columns of activations (65 to a thousand) on compute capability 9.0: weights are decoded into the
-// registers that wgmma reads as A, while the tensor cores work on those decoded before.
+// y = x W^T for many columns of activations (17 to 192) on compute capability 9.0: some warps decode weights into shared
+// memory, others do nothing but multiply them there (wgmma with both operands in shared memory).
 //
-// Work split   A block is 128 rows of the matrix x N columns of activations (N = 128, 192 or 256), K in units of
-//              128 columns. A block of the grid takes whole blocks of the product in turn; where that would leave SMs
-//              idle, the first `cut` of them are laid end to end and cut into `grid` equal pieces instead, and the rest
-//              dealt out whole. Who has the first piece of a block adds the others' sums, in order.
-// Warps        Two warpgroups of consumers, 64 rows each, a tile of 16 rows a warp; and one whose first warp fetches
-//              activations and whose others fetch weights, into a ring each. Accumulators take N / 2 registers.
-// Order of x   `prefill_arrange` writes x as it will lie in shared memory, so that one bulk copy fetches 64 columns of
-//              K: block of N columns of activations, vector of 32 columns of K, then as in warpgroup.cuh 16 bytes with
-//              the eight values that two registers of four lanes' A fragments meet: chunk q of vector j is columns
-//              32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1). What lies past the matrix's columns or the batch is zero.
-// Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2600 to 2900. Decoding it is 300
-//              instructions of each of two warps a scheduler, and products hide only part of them. In it 24.5 KB of
-//              weights and 64 KB of x arrive, and the tensor cores read 64 bytes a cycle from shared memory.
-// Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
-//              `grid` only, so the result is the same from run to run.
+// Work split   A block is 128 rows of the matrix x N columns of activations (N = 32, 64 or 128), K in units of 128
+//              columns. CLUSTER blocks of neighbouring rows share the activations: each fetches a part of them for all.
+//              A cluster of the grid takes whole clusters of the product in turn; where that would leave SMs idle, the
+//              first `cut` of them are laid end to end and cut into as many equal pieces as there are clusters instead,
+//              and the rest dealt out whole. Who has the first piece of a block adds the others' sums, in order.
+//              For small matrices: PARTS blocks have a part each of the same block's K, and add up through each other's
+//              shared memory.
+// Warps        Two warpgroups multiply, 64 rows each. Each decoder takes a tile of the block, or half of each of its
+//              units, with a ring of its own (prefill_decode.cuh); one warp fetches activations.
+// Operands     64 columns of K at a time, swizzled (128 bytes): weights as decoders write them, tensor copies of x as it
+//              is. What lies past the matrix's columns comes as zeros.
+// Budget       shared memory gives 128 bytes a cycle. For a unit of K that takes, in cycles: weights to the rings and out
+//              of them 390, written as bf16 256, read by the tensor cores 256; x to shared memory 2 N, read 4 N. The
+//              tensor cores need 8 N. N = 64 takes 1650 cycles, N = 128 1900: a decoder spends some 200 instructions and
+//              1100 to 1400 cycles on a unit, most of them waiting for shared memory.
+// Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and the
+//              grid only, so the result is the same from run to run.
 //
-// Launch       prefill_arrange: grid ceil(padded batch * units * 4 / 256), block 256, padded batch: batch rounded up to
-//              N; `x` of the product: padded batch * units * 256 bytes, 128-byte aligned.
-//              *_prefill_N: grid at most the SMs (blocks wait for each other), block 384; dynamic
-//              shared memory prefill_shared_bytes<L, N>(). partial, unless cut = 0: grid * 128 * N floats; arrived:
-//              2 * grid zeroed words, zero again at the end. cut: fewer than two blocks for each of the grid.
-//              Both may be launched with programmatic stream serialisation (see product.cuh).
+// Launch       grid: at most the SMs (blocks wait for each other), in clusters of CLUSTER or PARTS; block
+//              PREFILL_BLOCK<N>; dynamic shared memory prefill_shared_bytes<L, N>(). map: x, swizzled, in boxes of 64
+//              columns x box_rows rows, a multiple of 8: the batch, or if that is more N, over CLUSTER.
+//              partial, unless cut = 0 or PARTS > 1: grid * 128 * N floats; arrived: 2 * grid zeroed words, zero again
+//              at the end. cut: fewer than two for each cluster of the grid; with PARTS all blocks, grid: PARTS for each.
+//              May be launched with programmatic stream serialisation (see product.cuh).
 #pragma once
-#include "prefill_parts.cuh"
+#include "prefill_decode.cuh"
 
 namespace taper {
 
-constexpr int PREFILL_TILES = 8, PREFILL_BLOCK = CONSUMER_THREADS + 128;
-
-// What lies in shared memory: activations by half units, weights by units, the trailers of their stages, scratch memory
-// (of four warps: two buffers of results; of one: a vector of weights), barriers.
-template <class L, int N>
-struct PrefillRings {
-  static constexpr int A_BYTES = PREFILL_TILES * L::UNIT_BYTES, TRAILERS = PREFILL_TILES * L::TRAILER,
-                       B_BYTES = N * 128, SCRATCH = RESULT_BUFFER / 2, FIXED = CONSUMERS * SCRATCH + 640,
-                       ROOM = 232448 - FIXED, PAIRED = ROOM / (A_BYTES + TRAILERS + 2 * B_BYTES),
-                       A_SLOTS = PAIRED < 3    ? 3
-                                 : PAIRED > 12 ? 12
-                                               : PAIRED,
-                       B_SLOTS = PAIRED > 3 ? 2 * A_SLOTS : (ROOM - 3 * (A_BYTES + TRAILERS)) / B_BYTES;
-  static_assert(B_SLOTS >= 2 && 16 * (A_SLOTS + B_SLOTS) <= 640, "");
-};
-template <class L, int N>
-__host__ __device__ constexpr int prefill_shared_bytes() {
-  using R = PrefillRings<L, N>;
-  return R::FIXED + R::A_SLOTS * (R::A_BYTES + R::TRAILERS) + R::B_SLOTS * R::B_BYTES;
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Where things are in a block's shared memory.
-template <class L, int N>
-struct PrefillPlaces {
-  using R = PrefillRings<L, N>;
-  uint32_t b_ring, a_ring, trailers, scratches, a_full, a_empty, b_full, b_empty;
-  __device__ explicit PrefillPlaces(const uint8_t* memory)
-      : b_ring(shared_address(memory)),
-        a_ring(b_ring + R::B_SLOTS * R::B_BYTES),
-        trailers(a_ring + R::A_SLOTS * R::A_BYTES),
-        scratches(trailers + R::A_SLOTS * R::TRAILERS),
-        a_full(scratches + CONSUMERS * R::SCRATCH),
-        a_empty(a_full + 8 * R::A_SLOTS),
-        b_full(a_empty + 8 * R::A_SLOTS),
-        b_empty(b_full + 8 * R::B_SLOTS) {}
-};
-
-// Fetches the weights of the block's pieces, those of every FETCHERS-th part of its tiles. Trailers come with the first
-// unit of a stage, and of a piece.
-template <class L, int N, class FirstTile, class Next>
-__device__ __forceinline__ void fetch_weights(const Prefill& p, const PrefillPlaces<L, N>& at, const Shape<L>& shape,
-                                              Pieces piece, uint64_t policy, int fetcher, FirstTile first_tile,
-                                              Next next) {
-  using R = PrefillRings<L, N>;
-  constexpr int EACH = ceil_div(PREFILL_TILES, FETCHERS);
-  const int first_of_mine = fetcher * EACH, mine = min(EACH, PREFILL_TILES - first_of_mine);
-  Turn<R::A_SLOTS> turn, trailer;
-  while (next(piece)) {
-    // Tiles past the matrix's last repeat its first: their products are dropped.
-    const uint8_t* from[EACH];
+// A warpgroup's sums, in the place of activations that nobody reads any more.
+template <int N>
+__device__ __forceinline__ void leave_sums(uint32_t to, const float (&c)[N / 8][4], int half, int place) {
+  bar_sync<3, CONSUMER_THREADS>();  // the other warpgroup has read them too
+  to += half * (N / 8 * 2048) + place * 16;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int tile = first_tile(piece.block) + first_of_mine + i;
-      from[i] = p.weights + (tile < shape.tiles ? tile * shape.tile_bytes() : 0);
-    }
-    for (int u = piece.first; u < piece.last; u++, turn.next()) {
-      const uint32_t bar = at.a_full + 8 * turn.slot,
-                     to = at.a_ring + turn.slot * R::A_BYTES + first_of_mine * L::UNIT_BYTES;
-      const int stage = u / L::UNITS;
-      const bool first = u == piece.first || u % L::UNITS == 0;
-      const size_t begin = stage * Shape<L>::stage_bytes(), offset = begin + (u - stage * L::UNITS) * L::UNIT_BYTES;
-      mbarrier_wait(at.a_empty + 8 * turn.slot, turn.phase ^ 1);
-      mbarrier_expect(bar, mine * (L::UNIT_BYTES + (first ? L::TRAILER : 0)));
-#pragma unroll
-      for (int i = 0; i < EACH; i++)
-        if (i < mine) bulk_copy(to + i * L::UNIT_BYTES, from[i] + offset, L::UNIT_BYTES, bar, policy);
-      if (!first) continue;
-      const uint32_t trailers = at.trailers + trailer.slot * R::TRAILERS + first_of_mine * L::TRAILER;
-#pragma unroll
-      for (int i = 0; i < EACH; i++)
-        if (i < mine)
-          bulk_copy(trailers + i * L::TRAILER, from[i] + begin + shape.units_of(stage) * L::UNIT_BYTES, L::TRAILER, bar,
-                    policy);
-      trailer.next();
-    }
-  }
+  for (int i = 0; i < N / 8; i++)
+    sts128(to + i * 2048, make_uint4(__float_as_uint(c[i][0]), __float_as_uint(c[i][1]), __float_as_uint(c[i][2]),
+                                     __float_as_uint(c[i][3])));
 }
-
-// Fetches activations.
-template <class L, int N, class Next>
-__device__ __forceinline__ void fetch_activations(const Prefill& p, const PrefillPlaces<L, N>& at, Pieces piece,
-                                                  int wide, Next next) {
-  using R = PrefillRings<L, N>;
-  const uint64_t policy = evict_normal_policy();
-  Turn<R::B_SLOTS> turn;
-  while (next(piece)) {
-    const uint8_t* from = p.x + (size_t)(piece.block % wide) * piece.units * 2 * R::B_BYTES;
-    for (uint32_t h = 2 * piece.first; h < 2 * piece.last; h++, turn.next()) {
-      const uint32_t bar = at.b_full + 8 * turn.slot;
-      mbarrier_wait(at.b_empty + 8 * turn.slot, turn.phase ^ 1);
-      mbarrier_expect(bar, R::B_BYTES);
-      bulk_copy(at.b_ring + turn.slot * R::B_BYTES, from + (size_t)h * R::B_BYTES, R::B_BYTES, bar, policy);
-    }
+// Adds up what the blocks of the cluster have left, each its share of the columns.
+template <int N, int PARTS>
+__device__ __forceinline__ void add_sums(const Prefill& p, const PrefillWork& work, uint32_t from, uint32_t scratch,
+                                         int half, int place) {
+  const uint32_t part = work.me % PARTS, block = work.me / PARTS;
+  from += half * (N / 8 * 2048) + place * 16;
+#pragma unroll 1
+  for (int s = N / 16 * part / PARTS; s < (int)(N / 16 * (part + 1) / PARTS); s++) {
+    float4 v[PARTS][2];
+#pragma unroll
+    for (int other = 0; other < PARTS; other++)
+#pragma unroll
+      for (int k = 0; k < 2; k++) v[other][k] = lds_float4_of(from + (2 * s + k) * 2048, other);
+    float c[2][4] = {};
+#pragma unroll
+    for (int other = 0; other < PARTS; other++)
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        c[k][0] += v[other][k].x, c[k][1] += v[other][k].y, c[k][2] += v[other][k].z, c[k][3] += v[other][k].w;
+    store_results<16>(p, c, (block / work.wide * PREFILL_TILES + 4 * half) * TILE_ROWS, block % work.wide * N + 16 * s,
+                      scratch + half * 2 * RESULT_BUFFER, half, place, pack_bf16);
   }
 }
 #endif
 
-template <class L, int N>
-__device__ __forceinline__ void prefill_product(const Prefill& p) {
+// PARTS: of a block's K, each of which another block of the cluster has; then clusters do not share activations.
+template <class L, int N, int CLUSTER, int PARTS = 1>
+__device__ __forceinline__ void prefill_product(const TensorMap& map, const Prefill& p) {
+  static_assert(CLUSTER == 1 || PARTS == 1, "");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using R = PrefillRings<L, N>;
+  using M = PrefillMemory<L, N>;
   extern __shared__ __align__(128) uint8_t memory[];
-  // By a shuffle, so that neither is computed anew from the thread's number wherever it is used.
-  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = __shfl_sync(~0u, threadIdx.x & 31, threadIdx.x & 31);
-  const PrefillPlaces<L, N> at(memory);
-  const Shape<L> shape(p.rows, p.cols);
-  const auto wide = [&] { return ceil_div(p.batch + nothing(), N); };
-  const auto next = [&](Pieces& piece) {
-    return piece.next(blockIdx.x + nothing(), gridDim.x,
-                      ceil_div(p.rows + nothing(), PREFILL_TILES * TILE_ROWS) * wide());
-  };
-  const auto first_tile = [&](int block) { return block / wide() * PREFILL_TILES; };
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < R::A_SLOTS; s++)
-      mbarrier_init(at.a_full + 8 * s, FETCHERS), mbarrier_init(at.a_empty + 8 * s, 32 * CONSUMERS);
-    for (int s = 0; s < R::B_SLOTS; s++)
-      mbarrier_init(at.b_full + 8 * s, 1), mbarrier_init(at.b_empty + 8 * s, CONSUMERS);
-    mbarrier_init_fence();
-  }
-  __syncthreads();
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
+  const PrefillPlaces<L, N, CLUSTER> at((shared_address(memory) + 1023) & ~1023u);
+  const PrefillWork work = PrefillWork::of<N, CLUSTER>(p);
+  const Pieces pieces(ceil_div(p.cols, UNIT_COLS), p.cut);
+  if (threadIdx.x == 0) at.init();
+  if (threadIdx.x == 32) prefetch_map(map);
+  if (CLUSTER * PARTS > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   let_next_kernel_start();
-  Pieces piece(shape.units, p.cut);
   if (warp >= CONSUMERS) {
-    give_registers<56>();
-    if (lane > 0) return;
-    if (warp == CONSUMERS) {
+    const int number = warp - CONSUMERS;
+    const Decoder decoder{number % PREFILL_TILES, number / PREFILL_TILES, lane, rank};
+    if (number == DECODERS<N>) {
       wait_for_previous_kernel();
-      fetch_activations<L, N>(p, at, piece, wide(), next);
-    } else {
-      // Other blocks of columns read the same weights soon.
-      const uint64_t policy = wide() > 1 ? evict_normal_policy() : evict_first_policy();
-      fetch_weights<L, N>(p, at, shape, piece, policy, warp - CONSUMERS - 1, first_tile, next);
-    }
-    return;
-  }
-  take_registers<224>();
-  wait_for_previous_kernel();
-  const int half = warp >> 2, place = threadIdx.x & 127;
-  const uint32_t scratch = at.scratches + warp * R::SCRATCH;
-  const auto release = [&](uint32_t bar) {
-    if (lane == 0) mbarrier_arrive(bar);
-  };
-  Turn<R::A_SLOTS> a_turn, trailer_turn;
-  Turn<R::B_SLOTS> b_turn;
-  float c[N / 8][4];
-  typename L::Unit unit;
-  Repairs repairs;
-  uint32_t trailer = 0, loaded = 0;
-  const auto load = [&](int u, bool first) {
-    mbarrier_wait(at.a_full + 8 * a_turn.slot, a_turn.phase);
-    loaded = at.a_empty + 8 * a_turn.slot;
-    if (first || u % L::UNITS == 0)
-      trailer = at.trailers + trailer_turn.slot * R::TRAILERS + warp * L::TRAILER, trailer_turn.next();
-    unit.load(at.a_ring + a_turn.slot * R::A_BYTES + warp * L::UNIT_BYTES, trailer + 8, u % L::UNITS, lane);
-    unit.by128 = p.by128, unit.by8 = p.by8;
-    repairs.load(trailer, L::EXTRA, u % L::UNITS, lane);
-    a_turn.next();
-  };
-  // The low words of descriptors; the high one is the same for all.
-  const uint32_t b_first = (uint32_t)b_descriptor(at.b_ring, N * 16);
-  const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
-  while (next(piece)) {
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
-    uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
-    load(piece.first, true);
-    for (int u = piece.first; u < piece.last; u++) {
-      uint32_t a[2][8];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        uint32_t (&now)[8] = a[j & 1];
-        unit.vector(j, now);
-        if (repairs.vectors >> j & 1) repairs.patch(j, now, scratch, lane, p.overflow);
-        if (j % 2 == 0) mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase);
-        const uint32_t b = b_first + b_turn.slot * (R::B_BYTES / 16) + j % 2 * (N * 4);
-        wgmma_fence();
-        wgmma<false>(c, now, descriptor(b));
-        wgmma<false>(c, now + 4, descriptor(b + N * 2));
-        wgmma_commit();
-        if (j == 3) {
-          // Only now: an arrival may overtake loads that went before it, but the products have had all they brought.
-          mbarrier_arrive(loaded);
-          if (u + 1 < piece.last) load(u + 1, false);  // the bytes come while the tensor cores work
-        }
-        wgmma_wait<1>();
-        if (j % 2 == 0) {
-          if (used) release(used);
-        } else
-          used = at.b_empty + 8 * b_turn.slot, b_turn.next();
-      }
-    }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
-    release(used);
-
-    const uint32_t me = blockIdx.x + nothing(), grid = gridDim.x;
-    const auto plane = [&](int block) {
-      return (float4*)p.partial + ((size_t)block * 2 + half) * (N / 8) * 128 + place;
+      Activations<L, N, CLUSTER> activations(map, p, at, work, pieces, rank);
+      while (activations.now.more) activations.fetch();
+    } else if constexpr (DECODERS<N> == 2 * PREFILL_TILES)
+      decode_halves<L, N, CLUSTER>(p, at, work, pieces, decoder);
+    else
+      decode_units<L, N, CLUSTER>(p, at, work, pieces, decoder);
+    __syncwarp();
+  } else {
+    wait_for_previous_kernel();
+    const int half = warp >> 2, place = threadIdx.x & 127;
+    const uint32_t scratch = at.scratch + half * M::SCRATCH;
+    const auto release = [&](uint32_t a_slot, uint32_t x_slot) {
+      if (lane == 0) mbarrier_arrive(at.a_empty + 8 * a_slot);
+      if (CLUSTER == 1) {
+        if (lane == 0) mbarrier_arrive(at.x_empty + 8 * x_slot);
+      } else if (lane < CLUSTER)
+        mbarrier_arrive_at(at.x_empty + 8 * x_slot, lane);
     };
-    if (piece.first > 0) {  // another adds it
-      float4* to = plane(me);
+    Turn<M::A_SLOTS> a_turn;
+    Turn<M::X_SLOTS> x_turn;
+    Pieces piece = pieces;
+    const uint64_t a_first = swizzled_descriptor(at.a + half * (M::A_BYTES / 2)), x_first = swizzled_descriptor(at.x);
+    while (work.next(piece)) {
+      float c[N / 8][4];
 #pragma unroll
-      for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
-      warpgroup_sync(half);
-      if (place == 0) set_flag(p.arrived + 2 * me + half);
-      continue;
-    }
-    if (piece.last < piece.units) {
-      const uint32_t end = (piece.block + 1) * piece.units;
-      for (uint32_t other = me + 1; piece.start(other, grid) < end; other++) {
-        if (piece.start(other, grid) == piece.start(other + 1, grid)) continue;
-        uint32_t* flag = p.arrived + 2 * other + half;
-        if (place == 0) await_flag(flag);
+      for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
+      uint32_t a_used = 0, x_used = 0;
+#pragma unroll 1
+      for (uint32_t h = 2 * piece.first; h < 2 * piece.last; h++) {
+        mbarrier_wait(at.x_full + 8 * x_turn.slot, x_turn.phase);
+        mbarrier_wait(at.a_full + 8 * a_turn.slot, a_turn.phase);
+        const uint64_t a = a_first + a_turn.slot * (M::A_BYTES / 16), x = x_first + x_turn.slot * (M::X_BYTES / 16);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++) wgmma_shared(c, a + 2 * k, x + 2 * k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (h > 2 * piece.first) release(a_used, x_used);
+        a_used = a_turn.slot, x_used = x_turn.slot;
+        a_turn.next(), x_turn.next();
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
+      release(a_used, x_used);
+      const auto plane = [&](uint32_t cluster) {
+        return (float4*)p.partial + (((size_t)cluster * CLUSTER + rank) * 2 + half) * (N / 8) * 128 + place;
+      };
+      const auto flag = [&](uint32_t cluster) { return p.arrived + (cluster * CLUSTER + rank) * 2 + half; };
+      if constexpr (PARTS > 1) {  // the one piece of this block
+        leave_sums<N>(at.x, c, half, place);
+        continue;
+      }
+      if (piece.first > 0) {  // another cluster adds it
+        float4* to = plane(work.me);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
         warpgroup_sync(half);
-        if (place == 0) *flag = 0;
-        const float4* from = plane(other);
-        constexpr int TOGETHER = N % 128 == 0 ? 16 : 8;
+        if (place == 0) set_flag(flag(work.me));
+        continue;
+      }
+      if (piece.last < piece.units) {
+        const uint32_t end = (piece.block + 1) * piece.units;
+        for (uint32_t other = work.me + 1; piece.start(other, work.grid) < end; other++) {
+          if (piece.start(other, work.grid) == piece.start(other + 1, work.grid)) continue;
+          if (place == 0) await_flag(flag(other));
+          warpgroup_sync(half);
+          if (place == 0) *flag(other) = 0;
+          const float4* from = plane(other);
+          constexpr int TOGETHER = N % 128 == 0 ? 16 : 8;
 #pragma unroll
-        for (int i0 = 0; i0 < N / 8; i0 += TOGETHER) {
-          float4 v[TOGETHER];
+          for (int i0 = 0; i0 < N / 8; i0 += TOGETHER) {
+            float4 v[TOGETHER];
 #pragma unroll
-          for (int i = 0; i < TOGETHER; i++) v[i] = __ldcg(from + (i0 + i) * 128);
+            for (int i = 0; i < TOGETHER; i++) v[i] = __ldcg(from + (i0 + i) * 128);
 #pragma unroll
-          for (int i = 0; i < TOGETHER; i++)
-            c[i0 + i][0] += v[i].x, c[i0 + i][1] += v[i].y, c[i0 + i][2] += v[i].z, c[i0 + i][3] += v[i].w;
+            for (int i = 0; i < TOGETHER; i++)
+              c[i0 + i][0] += v[i].x, c[i0 + i][1] += v[i].y, c[i0 + i][2] += v[i].z, c[i0 + i][3] += v[i].w;
+          }
         }
       }
+      store_results<N>(p, c, ((piece.block / work.wide * CLUSTER + rank) * PREFILL_TILES + 4 * half) * TILE_ROWS,
+                       piece.block % work.wide * N, scratch, half, place, pack_bf16);
     }
-    store_results<N>(p, c, (first_tile(piece.block) + 4 * half) * TILE_ROWS, piece.block % wide() * N,
-                     at.scratches + 4 * half * R::SCRATCH, half, place, pack_bf16);
   }
+  if constexpr (PARTS > 1) {
+    cluster_sync();
+    if (warp < CONSUMERS) add_sums<N, PARTS>(p, work, at.x, at.scratch, warp >> 2, threadIdx.x & 127);
+  }
+  if (CLUSTER * PARTS > 1) cluster_sync();  // nobody arrives at the barriers of a block that is gone, or reads its sums
 #endif
 }
 

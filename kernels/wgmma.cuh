@@ -14,6 +14,11 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Descriptor of a matrix whose rows are 128 bytes of K, swizzled as tensor copies do (128 bytes); `at`: 16 bits of K on
+// are 32 bytes on.
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t at) {
+  return (uint64_t)(at >> 4 & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
 // Descriptor of B: no swizzle, 8 x 16-byte blocks that lie 128 bytes apart over its columns and `chunk` bytes apart
 // over K.
 __device__ __forceinline__ uint64_t b_descriptor(uint32_t at, uint32_t chunk) {
@@ -79,6 +84,23 @@ __device__ __forceinline__ void wgmma_e4m3(float (&c)[NB][4], const uint32_t* a,
   else
     WGMMA_8(128, NAMES_0 NAMES_16 NAMES_32, "%64", "%65", "%66", "%67", "%68", "%69", THIRTY_TWO(0), THIRTY_TWO(8));
 }
+
+// D (64 x N) += A (64 x 16) B (16 x N), both of bf16 and in shared memory.
+#define WGMMA_SHARED(N, NAMES, A, B, ...)                                                                          \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, " A ", " B ", 1, 1, 1, 0, 0;" \
+               : __VA_ARGS__                                                                                       \
+               : "l"(a), "l"(b))
+template <int NB>
+__device__ __forceinline__ void wgmma_shared(float (&c)[NB][4], uint64_t a, uint64_t b) {
+  static_assert(NB == 4 || NB == 8 || NB == 16, "");
+  if constexpr (NB == 4)
+    WGMMA_SHARED(32, NAMES_0, "%16", "%17", SIXTEEN(0));
+  else if constexpr (NB == 8)
+    WGMMA_SHARED(64, NAMES_0 NAMES_16, "%32", "%33", THIRTY_TWO(0));
+  else
+    WGMMA_SHARED(128, NAMES_0 NAMES_16 NAMES_32, "%64", "%65", THIRTY_TWO(0), THIRTY_TWO(8));
+}
+#undef WGMMA_SHARED
 #undef WGMMA_8
 #undef WGMMA
 #undef WGMMA_OF

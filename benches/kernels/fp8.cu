@@ -49,7 +49,7 @@ struct Launches {
     const Config first(padded, 256, 0, stream, programmatic);
     CUDA(cudaLaunchKernelEx(&first.config, fp8_arrange,
                             Fp8Arrange{x, arranged, bench::BF16, x_stride, p.batch, p.cols, width.columns, padded}));
-    const Config second(grid, PREFILL_BLOCK, width.shared, stream, programmatic);
+    const Config second(grid, FP8_BLOCK, width.shared, stream, programmatic);
     void* arguments[] = {(void*)&p};
     CUDA(cudaLaunchKernelExC(&second.config, width.kernel, arguments));
   }

@@ -3,10 +3,15 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/prefill benches/kernels/prefill.cu -ldl
 //     target/prefill check [--small]    against f64, and repeated launches against each other; exit status 1 on failure
-//     target/prefill time               every width, blocks whole and cut; times include the arranging of activations
+//     target/prefill time               every width, blocks whole, cut and in parts; times include the arranging of
+//                                      activations, where they are arranged
+#include <cuda.h>
+#include <dlfcn.h>
+
 #include <cstring>
 
 #include "../../kernels/prefill.cu"
+#include "../../kernels/prefill_wide.cu"
 #include "cublas.cuh"
 #include "staged.cuh"
 #include "timing.cuh"
@@ -14,43 +19,85 @@
 using namespace bench;
 
 struct Width {
-  int columns, shared;
+  int columns, cluster, parts, threads, shared;
   const void* kernel;
+  bool arranged = false;  // whether it takes arranged activations (prefill_wide.cuh)
 };
-static const Width WIDTHS[] = {{128, prefill_shared_bytes<Fixed, 128>(), (void*)fixed_prefill_128},
-                               {192, prefill_shared_bytes<Fixed, 192>(), (void*)fixed_prefill_192},
-                               {256, prefill_shared_bytes<Fixed, 256>(), (void*)fixed_prefill_256}};
+template <int N>
+static Width width_of(const void* kernel, int parts = 1) {
+  return {N, parts > 1 ? parts : CLUSTER, parts, PREFILL_BLOCK<N>, prefill_shared_bytes<Fixed, N>(), kernel};
+}
+template <int N>
+static Width wide_of(const void* kernel) {
+  return {N, 1, 1, PREFILL_WIDE_BLOCK, prefill_wide_shared_bytes<Fixed, N>(), kernel, true};
+}
+static const Width WIDTHS[] = {
+    width_of<32>((void*)fixed_prefill_32),           width_of<64>((void*)fixed_prefill_64),
+    width_of<128>((void*)fixed_prefill_128),         width_of<32>((void*)fixed_prefill_32_in_2, 2),
+    width_of<32>((void*)fixed_prefill_32_in_3, 3),   width_of<64>((void*)fixed_prefill_64_in_2, 2),
+    width_of<64>((void*)fixed_prefill_64_in_3, 3),   width_of<128>((void*)fixed_prefill_128_in_2, 2),
+    width_of<128>((void*)fixed_prefill_128_in_3, 3), wide_of<192>((void*)fixed_prefill_192),
+    wide_of<256>((void*)fixed_prefill_256)};
 
-// A product and the arranging of its activations, planned as src/cuda/prefill.rs does.
+// x (batch x cols, bf16) in swizzled boxes of 64 columns and `rows` rows.
+static TensorMap map_of(const uint16_t* x, int x_stride, int batch, int cols, int rows) {
+  static const auto encode =
+      (decltype(&cuTensorMapEncodeTiled))dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuTensorMapEncodeTiled");
+  TensorMap map;
+  static_assert(sizeof map == sizeof(CUtensorMap), "");
+  const cuuint64_t sizes[] = {(cuuint64_t)cols, (cuuint64_t)batch}, strides[] = {(cuuint64_t)x_stride * 2};
+  const cuuint32_t box[] = {64, (cuuint32_t)rows}, steps[] = {1, 1};
+  const CUresult result = encode((CUtensorMap*)&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void*)x, sizes, strides, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", (int)result), exit(1);
+  return map;
+}
+
+// A product, planned as src/cuda/prefill.rs does.
 struct Launches {
   Prefill p = {};
   Width width;
-  int padded, grid, units;
+  int grid = 0;  // clusters; none: the kernel does not take it so
+  int padded, units;
+  Buffer<uint8_t> arranged;
 
   Launches(const Device& device, const Staged<Fixed>& packed, const DenseMatrix& dense, int batch, const Width& width_,
            bool cut)
       : width(width_) {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const Shape<Fixed>& shape = packed.shape();
-    padded = ceil_div(batch, width.columns) * width.columns, units = shape.units;
-    const long long blocks = ceil_div(shape.tiles, PREFILL_TILES) * (long long)(padded / width.columns);
-    grid = (int)std::min<long long>(device.multiprocessors, cut ? blocks * units : blocks);
-    if (cut && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
+    const int sharing = width.cluster / width.parts, clusters = device.multiprocessors / width.cluster;
+    const long long blocks = ceil_div(shape.tiles, PREFILL_TILES * sharing) * (long long)ceil_div(batch, width.columns);
+    if (width.parts > 1) {
+      if (cut && blocks <= clusters && shape.units >= width.parts) grid = p.cut = (int)blocks;
+    } else {
+      grid = (int)std::min<long long>(clusters, cut ? blocks * shape.units : blocks);
+      if (cut && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
+      if (cut && !p.cut) grid = 0;
+    }
     p.weights = packed.weights(), p.overflow = packed.overflow();
     p.rows = dense.rows, p.cols = dense.cols, p.batch = batch;
-    p.by128 = 128, p.by8 = 8;
+    p.by128 = 128, p.by8 = 8, p.box_rows = ceil_div(ceil_div(std::min(batch, width.columns), sharing), 8) * 8;
     p.partial = device.partial.get(), p.arrived = device.arrived.get();
+    padded = ceil_div(batch, width.columns) * width.columns, units = shape.units;
+    if (width.arranged) arranged = Buffer<uint8_t>((size_t)padded * units * 256), p.x = arranged.get();
   }
-  size_t arranged_bytes() const { return (size_t)padded * units * 256; }
-  void run(const uint16_t* x, int x_stride, uint8_t* arranged, const uint8_t* weights, uint16_t* y, int y_stride,
-           cudaStream_t stream, bool programmatic) {
-    p.x = arranged, p.weights = weights, p.y = y, p.y_stride = y_stride;
-    const Config first(ceil_div(padded * units * 4, 256), 256, 0, stream, programmatic);
-    CUDA(cudaLaunchKernelEx(&first.config, prefill_arrange,
-                            Arrange{x, arranged, x_stride, p.batch, p.cols, width.columns, padded}));
-    const Config second(grid, PREFILL_BLOCK, width.shared, stream, programmatic);
-    void* arguments[] = {(void*)&p};
-    CUDA(cudaLaunchKernelExC(&second.config, width.kernel, arguments));
+  void run(const uint16_t* x, int x_stride, const uint8_t* weights, uint16_t* y, int y_stride, cudaStream_t stream,
+           bool programmatic) {
+    p.weights = weights, p.y = y, p.y_stride = y_stride;
+    const Config config(grid * width.cluster, width.threads, width.shared, stream, programmatic);
+    if (width.arranged) {
+      const Config first(ceil_div(padded * units * 4, 256), 256, 0, stream, programmatic);
+      CUDA(cudaLaunchKernelEx(&first.config, prefill_arrange,
+                              Arrange{x, arranged.get(), x_stride, p.batch, p.cols, width.columns, padded}));
+      void* arguments[] = {(void*)&p};
+      CUDA(cudaLaunchKernelExC(&config.config, width.kernel, arguments));
+      return;
+    }
+    TensorMap map = map_of(x, x_stride, p.batch, p.cols, p.box_rows);
+    void* arguments[] = {(void*)&map, (void*)&p};
+    CUDA(cudaLaunchKernelExC(&config.config, width.kernel, arguments));
   }
 };
 
@@ -90,20 +137,19 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
   for (int batch : batches)
     for (const Width& width : WIDTHS)
       for (bool cut : {false, true}) {
-        if (width.columns >= batch + 128) continue;
+        Launches launches(device, packed, dense, batch, width, cut);
+        if (width.columns >= batch + 128 || !launches.grid) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
         const size_t outputs = (size_t)batch * y_stride;
         Buffer<uint16_t> x((size_t)batch * x_stride), y(outputs);
         make_activations<<<blocks_for((size_t)batch * x_stride), 256>>>(x.get(), (size_t)batch * x_stride, bench::BF16,
                                                                         special_x, 5);
-        Launches launches(device, packed, dense, batch, width, cut);
-        const Buffer<uint8_t> arranged(launches.arranged_bytes());
         std::vector<uint16_t> first(outputs), again(outputs);
         bool same = true, kept = true;
         const Buffer<uint32_t> errors(2);
         for (int round = 0; round < rounds; round++) {
           y.fill(0x77, outputs);
-          launches.run(x.get(), x_stride, arranged.get(), packed.weights(), y.get(), y_stride, 0, round != 1);
+          launches.run(x.get(), x_stride, packed.weights(), y.get(), y_stride, 0, round != 1);
           CUDA(cudaDeviceSynchronize());
           y.download((round ? again : first).data(), outputs);
           if (round) {
@@ -124,8 +170,12 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
         if (!e[0] && same && kept) continue;
         failures++;
         printf("FAILED: %dx%d %s, %d rows of x, width %d%s: %u wrong (first of x's row %d, row %d)%s%s\n", rows, cols,
-               name_of(kind), batch, width.columns, cut ? ", cut" : "", e[0], (int)((e[1] - 1) / rows),
-               (int)((e[1] - 1) % rows), same ? "" : ", not the same twice", kept ? "" : ", wrote past the rows");
+               name_of(kind), batch, width.columns,
+               width.parts > 1 ? ", in parts"
+               : cut           ? ", cut"
+                               : "",
+               e[0], (int)((e[1] - 1) / rows), (int)((e[1] - 1) % rows), same ? "" : ", not the same twice",
+               kept ? "" : ", wrote past the rows");
       }
 }
 
@@ -149,14 +199,15 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
     double best = 1e9;
     for (const Width& width : WIDTHS)
       for (bool cut : {false, true}) {
-        if (width.columns >= batch + 128) continue;
         Launches launches(device, packed, dense, batch, width, cut);
-        const Buffer<uint8_t> arranged(launches.arranged_bytes());
+        const bool narrow = width.columns < batch && width.columns < 128;
+        if (width.columns >= 2 * std::max(batch, 32) || narrow || !launches.grid) continue;
         const double us = time_launches(16, [&](int i, cudaStream_t stream) {
-          launches.run(x.get(), cols, arranged.get(), copies.of(i), y.get(), rows, stream, true);
+          launches.run(x.get(), cols, copies.of(i), y.get(), rows, stream, true);
         });
         char line[64];
-        snprintf(line, sizeof line, "  %d%s %.1f", width.columns, cut ? " cut" : "", us);
+        const std::string parts = width.parts > 1 ? " in " + std::to_string(width.parts) : cut ? " cut" : "";
+        snprintf(line, sizeof line, "  %d%s %.1f", width.columns, parts.c_str(), us);
         text += line, best = std::min(best, us);
       }
     const double after = peer();
@@ -175,21 +226,21 @@ int main(int argc, char** argv) {
     const Cublas cublas;
     for (auto [rows, cols] :
          {std::pair{6144, 4096}, {4096, 4096}, {14336, 4096}, {28672, 4096}, {4096, 14336}, {8192, 2048}})
-      time_shape(device, cublas, rows, cols, {128, 192, 256, 512, 1024});
+      time_shape(device, cublas, rows, cols, {32, 64, 128, 256, 512, 1024});
     return 0;
   }
   check(device, 128, 128, NORMAL, {64});
   check(device, 256, 1024, NORMAL, {65, 256});
-  check(device, 37, 2050, STUDENT_T, {65, 257}, 3);
-  check(device, 130, 600, SPECIALS, {100}, 1);
-  check(device, 300, 700, RANDOM_BITS, {130});
-  check(device, 512, 1500, NON_FINITE, {140}, 8);
+  check(device, 37, 2056, STUDENT_T, {65, 257}, 8);
+  check(device, 130, 600, SPECIALS, {40}, 8);
+  check(device, 300, 704, RANDOM_BITS, {130});
+  check(device, 512, 1504, NON_FINITE, {140}, 8);
   if (!small) {
-    check(device, 1, 1, NORMAL, {70});
+    check(device, 1, 8, NORMAL, {17, 70});
     check(device, 600, 600, ROW_COL, {33, 130, 300});
-    check(device, 37, 9000, STUDENT_T, {65, 257}, 3);
-    check(device, 130, 2050, SPECIALS, {100, 512}, 1);
-    check(device, 512, 1500, ROW_COL, {200}, 0, true);
+    check(device, 37, 9000, STUDENT_T, {65, 257}, 8);
+    check(device, 130, 2056, SPECIALS, {100, 512}, 8);
+    check(device, 512, 1504, ROW_COL, {200}, 0, true);
     check(device, 4096, 4096, ROW_COL, {512});
     check(device, 14336, 4096, STUDENT_T, {512});
     check(device, 14336, 4096, STUDENT_T, {64, 128}, 0, false, 200);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
 
 use super::kernels::function;
+use super::prefill;
 use crate::Result;
 use crate::codec::kquant::GgmlType;
 
@@ -138,6 +139,8 @@ pub(super) struct PackedKernels {
     /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
     /// that for exactly one where there is one.
     pub joined: Vec<CudaFunction>,
+    /// For many rows of activations, on compute capability 9.0: `super::prefill`.
+    pub prefill: Vec<(CudaFunction, usize)>,
 }
 
 /// What makes the layout.
@@ -150,7 +153,13 @@ pub(super) enum Pack {
 }
 
 impl PackedKernels {
-    pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32, hopper: bool) -> Result<PackedKernels> {
+    /// `prefill`: where there are kernels for compute capability 9.0, the module of those for many rows.
+    pub fn load(
+        family: Family,
+        module: &Arc<CudaModule>,
+        prefill: Option<&Arc<CudaModule>>,
+        shared: i32,
+    ) -> Result<PackedKernels> {
         let prefix = family.prefix();
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
@@ -170,14 +179,18 @@ impl PackedKernels {
         if family.groups() {
             products.push(product(&1)?);
         }
-        if family == Family::Fixed && hopper {
+        if family == Family::Fixed && prefill.is_some() {
             products.push(function(module, "fixed_warpgroup_64", shared)?);
         }
         let joined: &[usize] = if family.groups() { &[8, 1] } else { &[8] };
         let joined =
             joined.iter().map(|columns| Ok(function(module, &format!("{prefix}_joined_{columns}"), shared)?.0));
         let joined = joined.collect::<Result<_>>()?;
-        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
+        let prefill = match prefill {
+            Some(module) => prefill::load(module, family, &prefix, shared)?,
+            None => vec![],
+        };
+        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products, prefill })
     }
 
     /// The product of that number.

@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
-use super::launch::{Grid, launch_with};
+use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
-use super::prefill::Arranging;
+use super::prefill::Arguments;
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
@@ -20,15 +20,17 @@ use crate::{Error, Result};
 
 /// From so many rows of activations on.
 const FEWEST_ROWS: usize = 64;
+/// Threads of a block.
+const THREADS: u32 = 384;
 /// Units whose sums of activations lie together.
 const SUMS: usize = 16;
 
 /// One for each kernel.
-const WIDTHS: [Width; 3] = [
-    Width { columns: 64, unit: 0.41, meeting: 15.0 },
-    Width { columns: 128, unit: 0.59, meeting: 16.0 },
-    Width { columns: 256, unit: 1.16, meeting: 18.0 },
-];
+const WIDTHS: [Width; 3] = [width(64, 0.41, 15.0), width(128, 0.59, 16.0), width(256, 1.16, 18.0)];
+
+const fn width(columns: usize, unit: f64, meeting: f64) -> Width {
+    Width { columns, cluster: 1, parts: 1, unit, meeting }
+}
 
 /// The kernels; no other compute capability than 9.0 has them.
 #[derive(Debug)]
@@ -90,17 +92,26 @@ impl Packed {
         if bytes > WORKSPACE || i32::try_from(batch).is_err() {
             return Ok(false);
         }
+        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
         let [m, columns, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
-        let arrange = |launch: Arranging| {
-            let (Arranging { stream, x, out, programmatic }, x_type) = (launch, kind_of(dtype));
-            let arrange = Arrange { x, out, x_type, x_stride: columns, batch: m, cols: columns, width, padded };
+        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
+            let (x, _x) = x.device_ptr(&stream);
+            let (y, _y) = y.device_ptr_mut(&stream);
+            let (out, _out) = arranged.device_ptr_mut(&stream);
+            let arrange =
+                Arrange { x, out, x_type: kind_of(dtype), x_stride: columns, batch: m, cols: columns, width, padded };
             let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
             // SAFETY: `x` holds `batch` rows, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic) }
-        };
-        let product = &kernels.products[plan.kernel];
-        // SAFETY: `x` and `y` hold the rows, as checked above; the kernel and `bytes` are the plan's.
-        unsafe { self.multiply_arranged(plan, product, bytes, (x, y), (batch, dtype), arrange)? };
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
+            let arguments = Arguments { x: out, y, batch, dtype, plan, box_rows: 0 };
+            let (function, shared) = &kernels.products[plan.kernel];
+            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
+            self.with_prefill(&arguments, (partial, arrived), |product| {
+                // SAFETY: `y` holds the rows, the workspace what the kernel reads, and no more blocks than multiprocessors,
+                // as they wait for each other.
+                unsafe { launch_with(&stream, function, grid, &[(&raw const *product).cast()], programmatic) }
+            })
+        })?;
         Ok(true)
     }
 }

@@ -116,12 +116,13 @@ impl Kernels {
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
         let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
+        let warpgroups = capability == (9, 0);
+        let prefill = warpgroups.then(|| module(image::PREFILL)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
+            Ok((family, PackedKernels::load(family, module, prefill.as_ref(), shared)?))
         });
-        let warpgroups = capability == (9, 0);
-        let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
+        let many = prefill.as_ref().map(|narrow| PrefillKernels::load(narrow, &module(image::PREFILL_WIDE)?, shared));
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
             decode_rows,
@@ -143,7 +144,7 @@ impl Kernels {
             pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
-            prefill: prefill.transpose()?,
+            prefill: many.transpose()?,
             fp8: fp8.transpose()?,
             blocks: OnceLock::new(),
             shared,
@@ -164,9 +165,15 @@ impl Kernels {
         }
         let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
         let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
+        let prefill = match self.warpgroups {
+            true => Some((module(image::PREFILL_KQUANT)?, module(image::PREFILL_SMALL)?)),
+            false => None,
+        };
         let load = |ty: GgmlType| {
-            let (family, module) = (Family::Blocks(ty), if ty.block_len() == 256 { &large } else { &small });
-            Ok((family, PackedKernels::load(family, module, self.shared, self.warpgroups)?))
+            let wide = ty.block_len() == 256;
+            let (family, module) = (Family::Blocks(ty), if wide { &large } else { &small });
+            let prefill = prefill.as_ref().map(|(large, small)| if wide { large } else { small });
+            Ok((family, PackedKernels::load(family, module, prefill, self.shared)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.

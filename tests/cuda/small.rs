@@ -43,7 +43,19 @@ fn products() {
                 let what = format!("{dtype:?} {shape:?} {layout:?} m={m}");
                 check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
             }
-            check(&device, &layer, &w, &activations(2, cols, 1), 2, DType::F32, &format!("{dtype:?} {layout:?} F32"));
+            // Three columns of activations a row.
+            let few: &[usize] = if layout == GpuLayout::Fixed { &[2, 8, 12] } else { &[2] };
+            for &m in few {
+                check(
+                    &device,
+                    &layer,
+                    &w,
+                    &activations(m, cols, 1),
+                    m,
+                    DType::F32,
+                    &format!("{dtype:?} {layout:?} F32"),
+                );
+            }
         }
     }
 }
@@ -99,19 +111,32 @@ fn many_rows() {
 fn prefill() {
     let Some(device) = gpu() else { return };
     let cases = [
-        (Shape::StudentT, 40, 520, 70),
-        (Shape::Specials, 16, 200, 70),
-        (Shape::StudentT, 40, 1300, 70),
-        (Shape::StudentT, 40, 1300, 130),
-        (Shape::Scaled, 2112, 128, 600),
+        (Shape::Specials, 16, 200, 20),
+        (Shape::StudentT, 40, 520, 20),
+        (Shape::StudentT, 300, 2600, 20),
+        (Shape::Scaled, 9000, 128, 40),
+        (Shape::Scaled, 6000, 640, 64),
+        (Shape::Scaled, 3000, 640, 64),
+        (Shape::Scaled, 17_000, 300, 70),
+        (Shape::Scaled, 6000, 640, 128),
+        (Shape::Scaled, 3000, 640, 128),
         (Shape::Scaled, 2176, 128, 1000),
         (Shape::Scaled, 2944, 128, 1000),
+        (Shape::StudentT, 40, 1300, 200),
     ];
     for (shape, rows, cols, m) in cases {
         let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
         let what = format!("{shape:?} {rows}x{cols} m={m}");
         check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
+    }
+    for ty in QUANTIZED {
+        // Narrow blocks and wide ones.
+        for (rows, cols, m) in [(40, 768, 70), (17_000, 256, 128)] {
+            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
+            let x = activations(m, matrix.shape[1], 1);
+            kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
+        }
     }
 }
 
