@@ -34,6 +34,11 @@ __device__ __forceinline__ void store_value(void* p, size_t i, int type, float v
     ((uint16_t*)p)[i] = (uint16_t)(type == F16 ? float_to_half(v) : float_to_bf16(v));
 }
 
+// Two values as the 16-bit type, the first below.
+__device__ __forceinline__ uint32_t two_rounded(float first, float second, int type) {
+  return type == F16 ? pack_halves(first, second) : pack_bf16(first, second);
+}
+
 // Eight activations, two in a word; those past the end are zero.
 __device__ __forceinline__ uint4 load_eight(const void* x, int k, int cols, bool aligned) {
   const uint16_t* const from = (const uint16_t*)x + k;

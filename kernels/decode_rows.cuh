@@ -26,12 +26,7 @@ struct DenseRows {
 // The two weights of a register, scaled and rounded.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, float scale, int out_type) {
   const float lo = __uint_as_float(pair << 16) * scale, hi = __uint_as_float(pair & 0xFFFF0000u) * scale;
-  uint32_t d;
-  if (out_type == F16)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-  return d;
+  return two_rounded(lo, hi, out_type);
 }
 
 // Scaled layouts are multiplied in f32 and rounded to out_type once.

@@ -47,16 +47,6 @@ __device__ __forceinline__ void unit_values(uint32_t at, int u, int lane, Use us
   }
 }
 
-// Two values as the 16-bit type, the first below.
-__device__ __forceinline__ uint32_t two_rounded(float first, float second, int type) {
-  uint32_t two;
-  if (type == F16)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(second), "f"(first));
-  return two;
-}
-
 // N neighbouring values of a row of `cols`, the first at column k.
 template <int N>
 __device__ __forceinline__ void store_run(void* row, int k, int cols, int type, bool aligned, const float (&v)[N]) {

@@ -45,19 +45,6 @@ __host__ __device__ constexpr int few_shared_bytes(int cols, int slabs, int slot
          slab_width<L>(cols, slabs) / UNIT_COLS * NB * (2048 + few_group_bytes<L>());
 }
 
-// ---- f16 ----
-__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-__device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                        uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // ---- activations ----
 // Of each unit of columns and eight rows 2048 bytes: vector j's fragments at 512 j, lane by lane. Those of rows past
 // the last hold anything: what comes of them is dropped.

@@ -9,7 +9,8 @@
 // In flight    27 KB an SM.
 //
 // Launch       as product.cuh, with block product_block<L>() and dynamic shared memory product_shared_bytes(.., TEAMS);
-//              slots as many as fit from 3 to 16, keep tiles_kept(columns, TEAMS); `overflow` is what repack_stage set
+//              slots as many as fit, to 16, and with teams TEAMS more than in_flight (Ring); keep tiles_kept(columns,
+//              TEAMS); `overflow` is what repack_stage set
 #pragma once
 #include <type_traits>
 

@@ -3,9 +3,8 @@
 //
 // Weights      stay codes, as bytes. One product takes a vector of 32 columns.
 // Activations  become, once a launch, integers of 16 bits times a power of two for each group of 16 or 32 columns, as
-// two
-//              planes of signed bytes: x = 2^n (256 high + low). A bf16 that is at least 1/128 of its group's largest
-//              is exact; what is smaller is rounded to 2^-16 of that.
+//              two planes of signed bytes: x = 2^n (256 high + low). A bf16 that is at least 1/128 of its group's
+//              largest is exact; what is smaller is rounded to 2^-16 of that.
 // Groups       and planes become columns of B: column 2 k + plane is zero but for group k's columns. So a unit's four
 //              groups of 32 share one accumulator, lane t of each row has both planes of group t, and eight groups of
 //              16 take two accumulators.
@@ -13,12 +12,12 @@
 //              multiplies each weight as three bf16 parts (kquant_product.cuh).
 //
 // Budget       warp-instructions for a unit of 2048 weights (SASS of sm_90a, loop and waits included): Q4_K 80, Q5_K
-// 120,
-//              Q6_K 122, Q8_0 62, integers of 4 bits in groups of 128 65. Of Q4_K's 16 are for codes, 4 products, 16
+//              120, Q6_K 122, Q8_0 62, integers of 4 bits in groups of 128 65. Of Q4_K's 16 are for codes, 4 products, 16
 //              for scales and minima, 18 loads. At 4.5 bits and 4.5 TB/s there are 240 for each scheduler.
 // In flight    54 KB an SM.
 //
-// Launch       as kquant_narrow.cuh, with dynamic shared memory single_shared_bytes(..); batch 1, x_type bf16 or f16
+// Launch       as kquant_narrow.cuh, with dynamic shared memory single_shared_bytes(..); teams are of SINGLE_EACH-th
+//              as many warps, and so more; batch 1, x_type bf16 or f16
 #pragma once
 #include <type_traits>
 

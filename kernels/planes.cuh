@@ -35,13 +35,9 @@ struct Planes {
   __device__ uint32_t scale(int unit, int m) const { return scales + (unit * PLANE_ROWS + m) * 4; }
 };
 
-// Eight bf16 or f16 values, those past the row's end zeros.
-__device__ __noinline__ inline uint4 load_eight(const uint16_t* from, int left) {
-  uint32_t w[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int e = 0; e < 8; e++)
-    if (e < left) w[e / 2] |= (uint32_t)from[e] << (e & 1) * 16;
-  return make_uint4(w[0], w[1], w[2], w[3]);
+// load_eight where a row may end, out of line as it is rarely on the critical path.
+__device__ __noinline__ inline uint4 load_end(const uint16_t* from, int left) {
+  return load_eight(from, 0, left, false);
 }
 
 // Eight values as planes: 8 bytes each at `to`, `stride` apart.
@@ -92,7 +88,7 @@ __device__ __forceinline__ bool make_planes(const Planes& planes, const void* x,
       if (row < batch) {
         const int k = first + chunk * 8;
         const uint16_t* from = (const uint16_t*)x + (size_t)row * x_stride + k;
-        raw[d] = regular ? *(const uint4*)from : load_eight(from, cols - k);
+        raw[d] = regular ? *(const uint4*)from : load_end(from, cols - k);
       }
       to[d] = planes.row(row) + ((chunk & ~15) << 3 | (chunk & 8) << 3 | (chunk & 3) << 4 | (chunk & 4) << 1);
       scale_to[d] = planes.scale(chunk >> 4, row);
