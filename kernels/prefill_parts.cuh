@@ -8,14 +8,15 @@ namespace taper {
 struct Prefill {
   const uint8_t* weights;
   const uint32_t* overflow;
-  const uint8_t* x;  // arranged
+  const uint8_t* x;  // arranged; of stream.cuh bf16 as it is
   uint16_t* y;       // bf16
   float* partial;
   uint32_t* arrived;
   int rows, cols, batch, y_stride;
   int cut;         // blocks that are cut into pieces
   int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
-  int y_type;      // as activations.cuh numbers it; prefill.cuh's is bf16
+  int y_type;      // as activations.cuh numbers it; bf16 but for fp8.cuh
+  int x_stride, parts;  // of stream.cuh
 };
 
 struct Arrange {

@@ -1,0 +1,71 @@
+// Units of a layout as wgmma's A, in registers: bf16 weights, vector by vector.
+#pragma once
+#include "fixed.cuh"
+#include "kquant_product.cuh"
+#include "prefill_parts.cuh"
+
+namespace taper {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+//   APART      whether a unit's sums are to be multiplied with scales(h), of rows g (h = 0) and g + 8
+// Of groups: ggml's values, rounded once. One group for each row of a unit: integers.
+template <class L>
+struct StreamUnit {
+  static constexpr bool APART = L::GROUP == 128;
+  typename L::C::Raw raw[4];
+  typename L::S scales;
+  __device__ __forceinline__ void load(const Prefill&, uint32_t at, uint32_t trailer, int u, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) raw[j] = L::C::load(at, lane, j);
+    scales.load(at + L::C::BYTES, trailer, u, lane >> 2);
+  }
+  __device__ __forceinline__ float scale(int h) const {
+    if constexpr (APART) return scales.scale[h];
+    return 1;
+  }
+  // scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void vector(const Prefill&, int j, uint32_t (&a)[8], uint32_t, int) const {
+    if constexpr (APART) return integers<L>(raw[j], scales, two_128(), a);
+    constexpr int AWAY = L::MAGIC + L::ZERO, GROUPS = L::GROUP == 16 ? 2 : 1;
+    constexpr uint32_t MINUS = 0x80008000u | (AWAY == 128   ? 0x43004300u
+                                              : AWAY == 132 ? 0x43044304u
+                                              : AWAY == 136 ? 0x43084308u
+                                              : AWAY == 144 ? 0x43104310u
+                                                            : 0x43204320u);
+    static_assert(AWAY == 0 || AWAY == 128 || AWAY == 132 || AWAY == 136 || AWAY == 144 || AWAY == 160, "");
+    L::C::expand(raw[j], two_128(), a);
+#pragma unroll
+    for (int part = 0; part < GROUPS; part++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float scale, min;
+        scales.template of<true>(GROUPS * j + part, h, scale, min);
+#pragma unroll
+        for (int q = h + 4 * part; q < (GROUPS == 2 ? 4 * part + 4 : 8); q += 2) {
+          const uint32_t code = AWAY ? fma_bf16x2(a[q], TWO_1, MINUS) : a[q];  // exactly
+          const float lo = __uint_as_float(code << 16), hi = __uint_as_float(code & 0xFFFF0000u);
+          a[q] = L::MINS ? pack_bf16(fmaf(scale, lo, -min), fmaf(scale, hi, -min)) : pack_bf16(scale * lo, scale * hi);
+        }
+      }
+  }
+};
+
+// With the stage's repairs.
+template <>
+struct StreamUnit<Fixed> {
+  static constexpr bool APART = false;
+  Fixed::Unit unit;
+  Repairs repairs;
+  __device__ __forceinline__ void load(const Prefill& p, uint32_t at, uint32_t trailer, int u, int lane) {
+    unit.load(at, trailer + 8, u, lane);
+    unit.by128 = p.by128, unit.by8 = p.by8;
+    repairs.load(trailer, Fixed::EXTRA, u, lane);
+  }
+  __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) const {
+    unit.vector(j, a);
+    if (repairs.vectors >> j & 1) repairs.patch(j, a, scratch, lane, p.overflow);
+  }
+};
+#endif
+
+}  // namespace taper
