@@ -26,30 +26,20 @@ namespace taper {
 template <class L, int N, int WGS>
 struct Stream {
   static constexpr int WARPS = 4 * WGS, FEEDERS = WGS > 2 ? 4 : 8, BLOCK = 32 * (WARPS + FEEDERS), ROWS = 64 * WGS,
-                       X_BYTES = N * UNIT_COLS * 2, UNITS = L::UNIT_BYTES < 1700 ? 4 : WGS > 2 ? 1 : STREAM_UNITS, SLOTS = WGS > 2 ? 2 : STREAM_SLOTS,
+                       X_BYTES = N * UNIT_COLS * 2, UNITS = L::UNIT_BYTES < 1700 && WGS < 4 ? 4 : WGS > 3 && L::UNIT_BYTES > 1700 ? 1 : STREAM_UNITS, SLOTS = STREAM_SLOTS,
                        SLOT_BYTES = UNITS * L::UNIT_BYTES + L::TRAILER, SCRATCH = 2 * RESULT_BUFFER, BARRIERS = 512,
                        ROOM = 232448 - WGS * SCRATCH - BARRIERS - WARPS * SLOTS * SLOT_BYTES, FIT = ROOM / X_BYTES,
                        X_SLOTS = FIT > 6 ? 6 : FIT, RINGS_AT = X_SLOTS * X_BYTES,
                        SCRATCH_AT = RINGS_AT + WARPS * SLOTS * SLOT_BYTES, BARRIERS_AT = SCRATCH_AT + WGS * SCRATCH,
                        BYTES = BARRIERS_AT + BARRIERS;
   static_assert(X_SLOTS >= 2 && 16 * X_SLOTS + 8 * SLOTS * WARPS <= BARRIERS && SLOT_BYTES % 16 == 0, "");
-  static_assert(WGS * N * 256 <= RINGS_AT + WARPS * SLOTS * SLOT_BYTES, "");  // sums of parts
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// ---- PTX that only this kernel needs ----
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// What lies in the shared memory of block `rank` of the cluster where `at` lies in one's own.
-__device__ __forceinline__ float4 lds_float4_of(uint32_t at, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{\n\t.reg .b32 r;\n\tmapa.shared::cluster.u32 r, %4, %5;\n\tld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [r];\n\t}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(at), "r"(rank)
-      : "memory");
-  return v;
+__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
+  uint32_t v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+  while (v < enough);
 }
 
 // Brings activations into order, of a unit at a time.
@@ -57,22 +47,34 @@ template <class L, int N, int WGS>
 struct Feeder {
   using S = Stream<L, N, WGS>;
   static constexpr int THREADS = 32 * S::FEEDERS, COUNT = N * 16 / THREADS;
-  static_assert(N * 16 % THREADS == 0, "");
+  // A unit's come in so many steps, two of which are in a thread's registers.
+  static constexpr int STEPS = COUNT > 4 && S::FEEDERS == 4 ? 2 : 1, EACH_STEP = COUNT / STEPS;
+  static_assert(N * 16 % THREADS == 0 && COUNT % STEPS == 0, "");
+  static constexpr int EACH = THREADS / 4;  // rows, of 32 columns, that all threads bring at once
   const Prefill& p;
   const int tid;
   const bool aligned;
-  // Eight activations, from column k on of row n.
-  __device__ __forceinline__ void load(uint4 (&v)[COUNT], int row0, int k0) const {
+  __device__ __forceinline__ int row(int d) const { return EACH <= N ? tid / 4 + d * EACH % N : tid / 4 % N; }
+  __device__ __forceinline__ int vector(int d) const { return EACH <= N ? d * EACH / N : tid / 4 / N + d * (EACH / N); }
+  // A unit's activations, of rows `row0` and on, from column k0 on: eight in a piece.
+  template <int STEP>
+  __device__ __forceinline__ void load(uint4 (&v)[EACH_STEP], int row0, int k0) const {
+    const uint16_t* from = (const uint16_t*)p.x + (size_t)row0 * p.x_stride + k0 + tid % 4 * 8;
+    const int left = p.batch - row0;
+    if (aligned && k0 + UNIT_COLS <= p.cols) {
 #pragma unroll
-    for (int d = 0; d < COUNT; d++) {
-      const int i = tid + d * THREADS, n = row0 + i / 4 % N, k = k0 + i / 4 / N * 32 + i % 4 * 8;
-      v[d] = make_uint4(0, 0, 0, 0);
-      if (n >= p.batch) continue;
-      const uint16_t* from = (const uint16_t*)p.x + (size_t)n * p.x_stride + k;
-      if (aligned && k + 8 <= p.cols)
-        v[d] = __ldcg((const uint4*)from);
-      else if (k < p.cols)
-        v[d] = load_end(from, p.cols - k);
+      for (int e = 0; e < EACH_STEP; e++) {
+        const int d = STEP * EACH_STEP + e;
+        v[e] = make_uint4(0, 0, 0, 0);
+        if (row(d) < left) v[e] = __ldcg((const uint4*)(from + (size_t)row(d) * p.x_stride + 32 * vector(d)));
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < EACH_STEP; e++) {
+        const int d = STEP * EACH_STEP + e, k = 32 * vector(d) + tid % 4 * 8;
+        v[e] = make_uint4(0, 0, 0, 0);
+        if (row(d) < left) v[e] = load_end(from + (size_t)row(d) * p.x_stride + 32 * vector(d), p.cols - k0 - k);
+      }
     }
   }
   __device__ static __noinline__ uint4 load_end(const uint16_t* from, int left) {
@@ -82,11 +84,12 @@ struct Feeder {
       if (e < left) w[e / 2] |= (uint32_t)from[e] << 16 * (e & 1);
     return make_uint4(w[0], w[1], w[2], w[3]);
   }
-  __device__ __forceinline__ void store(const uint4 (&v)[COUNT], uint32_t to) const {
+  template <int STEP>
+  __device__ __forceinline__ void store(const uint4 (&v)[EACH_STEP], uint32_t to) const {
 #pragma unroll
-    for (int d = 0; d < COUNT; d++) {
-      const int i = tid + d * THREADS, n = i / 4 % N, j = i / 4 / N, t = i % 4;
-      const uint32_t words[4] = {v[d].x, v[d].y, v[d].z, v[d].w};
+    for (int e = 0; e < EACH_STEP; e++) {
+      const int d = STEP * EACH_STEP + e, n = row(d), j = vector(d), t = tid % 4;
+      const uint32_t words[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
       const uint32_t at = to + (4 * j * N + n) * 16;
 #pragma unroll
       for (int w = 0; w < 4; w++) {
@@ -120,44 +123,51 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
   __syncthreads();
   let_next_kernel_start();
   const Pieces pieces(shape.units, p.cut);
+  constexpr bool MOVE_REGISTERS = WGS == 4 || N >= 128 || StreamUnit<L>::APART;
   if (warp >= S::WARPS) {
-    if constexpr (N >= 128 || StreamUnit<L>::APART) give_registers<88>();
-    if constexpr (WGS == 4) give_registers<64>();
+    if constexpr (MOVE_REGISTERS) give_registers<WGS == 4 ? 64 : WGS == 3 ? 80 : 88>();
     wait_for_previous_kernel();
     using F = Feeder<L, N, WGS>;
     const F feeder{p, (int)threadIdx.x - 32 * S::WARPS, ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0};
     Pieces piece = pieces;
     bool more = piece.next(me, grid, blocks);
     uint32_t u = more ? piece.first : 0;
-    uint4 now[F::COUNT], then[F::COUNT];
-    const auto load = [&](uint4 (&v)[F::COUNT]) {  // the next unit's, if there is one
-      if (!more) return false;
-      feeder.load(v, piece.block % wide * N, u * UNIT_COLS);
-      if (++u == piece.last) more = piece.next(me, grid, blocks), u = piece.first;
-      return true;
+    int row0 = more ? piece.block % wide * N : 0;
+    constexpr int LAST = F::STEPS - 1;
+    uint4 now[F::EACH_STEP], then[F::EACH_STEP];
+    const auto next = [&] {
+      if (++u == piece.last) more = piece.next(me, grid, blocks), u = piece.first, row0 = piece.block % wide * N;
     };
     Turn<S::X_SLOTS> turn;
-    const auto store = [&](const uint4 (&v)[F::COUNT]) {
-      mbarrier_wait(x_empty + 8 * turn.slot, turn.phase ^ 1);
-      feeder.store(v, xs + turn.slot * S::X_BYTES);
+    const auto wait = [&] { mbarrier_wait(x_empty + 8 * turn.slot, turn.phase ^ 1); };
+    const auto done = [&] {
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) mbarrier_arrive(x_full + 8 * turn.slot);
       turn.next();
     };
-    bool first = load(now);
+    // `then` is the second step of the unit, or the next unit.
+    bool one = more;
+    if (one) feeder.template load<0>(now, row0, u * UNIT_COLS);
 #pragma unroll 1
-    while (first) {
-      const bool second = load(then);
-      store(now);
-      if (!second) break;
-      first = load(now);
-      store(then);
+    while (one) {
+      if (LAST == 0) next();
+      const bool two = LAST || more;
+      if (two) feeder.template load<LAST>(then, row0, u * UNIT_COLS);
+      wait();
+      feeder.template store<0>(now, xs + turn.slot * S::X_BYTES);
+      if (LAST == 0) done();
+      if (!two) break;
+      next();
+      one = more;
+      if (one) feeder.template load<0>(now, row0, u * UNIT_COLS);
+      if (LAST == 0) wait();
+      feeder.template store<LAST>(then, xs + turn.slot * S::X_BYTES);
+      done();
     }
     __syncwarp();
   } else {
-    if constexpr (N >= 128 || StreamUnit<L>::APART) take_registers<168>();
-    if constexpr (WGS == 4) take_registers<104>();
+    if constexpr (MOVE_REGISTERS) take_registers<WGS == 4 ? 104 : WGS == 3 ? 144 : 168>();
     const int half = warp >> 2, place = threadIdx.x & 127;
     const uint32_t scratch = xs + S::SCRATCH_AT + half * S::SCRATCH, mine = scratch + (warp & 3) * (S::SCRATCH / 4),
                    ring = xs + S::RINGS_AT + warp * S::SLOTS * S::SLOT_BYTES, full = bars + 8 * warp * S::SLOTS;
@@ -170,12 +180,12 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
     Pieces ahead = pieces;
     bool more = ahead.next(me, grid, blocks);
     uint32_t to_fetch = more ? ahead.first : 0;
+    const uint8_t* tile = tile_of(more ? ahead.block : 0);
     const auto count_from = [](uint32_t u, uint32_t last) { return min(last - u, S::UNITS - u % S::UNITS); };
     const auto fetch = [&](uint32_t slot) {
       if (!more) return;
       const uint32_t count = count_from(to_fetch, ahead.last), stage = to_fetch / L::UNITS;
       if (elected()) {
-        const uint8_t* tile = tile_of(ahead.block);
         const uint32_t bar = full + 8 * slot, to = ring + slot * S::SLOT_BYTES;
         mbarrier_expect(bar, count * L::UNIT_BYTES + L::TRAILER);
         bulk_copy(to, tile + to_fetch * L::UNIT_BYTES + stage * L::TRAILER, count * L::UNIT_BYTES, bar, policy);
@@ -186,7 +196,10 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       }
       __syncwarp();
       to_fetch += count;
-      if (to_fetch == ahead.last) more = ahead.next(me, grid, blocks), to_fetch = ahead.first;
+      if (to_fetch == ahead.last) {
+        more = ahead.next(me, grid, blocks), to_fetch = ahead.first;
+        if (more) tile = tile_of(ahead.block);
+      }
     };
     for (int s = 0; s < S::SLOTS; s++) fetch(s);
     wait_for_previous_kernel();
@@ -199,6 +212,9 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
     const uint32_t x_first = (uint32_t)b_descriptor(xs, N * 16);
     const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
     Pieces piece = pieces;
+    const auto plane = [&](uint32_t block, bool later) {
+      return (float4*)p.partial + (((size_t)block * 2 + later) * WGS + half) * (N / 8) * 128 + place;
+    };
     float c[N / 8][4];
     const auto load = [&](uint32_t u) {
       if (left == 0) {
@@ -263,72 +279,47 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
       if (lane == 0) mbarrier_arrive(used);
 
-      if (p.parts > 1) {
-        bar_sync<8, 32 * S::WARPS>();  // nobody reads activations or weights any more
-        const uint32_t to = xs + half * (N / 8 * 2048) + place * 16;
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-          sts128(to + i * 2048, make_uint4(__float_as_uint(c[i][0]), __float_as_uint(c[i][1]), __float_as_uint(c[i][2]),
-                                           __float_as_uint(c[i][3])));
-        continue;
-      }
-      const auto plane = [&](uint32_t block) {
-        return (float4*)p.partial + ((size_t)block * WGS + half) * (N / 8) * 128 + place;
-      };
-      const auto flag = [&](uint32_t block) { return p.arrived + block * WGS + half; };
-      if (piece.first > 0) {  // another adds it
-        float4* to = plane(me);
+      if (piece.last - piece.first < piece.units) {  // others have the rest
+        float4* to = plane(me, piece.first > 0);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
-        warpgroup_sync(half);
-        if (place == 0) set_flag(flag(me));
+        bar_sync<8, 32 * S::WARPS>();
+        const uint32_t first = piece.block * piece.units;
+        if (threadIdx.x == 0) atomic_add_ordered(p.arrived + 2 * piece.owner(first, grid), 1);
         continue;
-      }
-      if (piece.last < piece.units) {
-        const uint32_t end = (piece.block + 1) * piece.units;
-        for (uint32_t other = me + 1; piece.start(other, grid) < end; other++) {
-          if (piece.start(other, grid) == piece.start(other + 1, grid)) continue;
-          if (place == 0) await_flag(flag(other));
-          warpgroup_sync(half);
-          if (place == 0) *flag(other) = 0;
-          const float4* from = plane(other);
-          constexpr int TOGETHER = N >= 128 ? 16 : N / 8;
-#pragma unroll
-          for (int i0 = 0; i0 < N / 8; i0 += TOGETHER) {
-            float4 v[TOGETHER];
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++) v[i] = __ldcg(from + (i0 + i) * 128);
-#pragma unroll
-            for (int i = 0; i < TOGETHER; i++)
-              c[i0 + i][0] += v[i].x, c[i0 + i][1] += v[i].y, c[i0 + i][2] += v[i].z, c[i0 + i][3] += v[i].w;
-          }
-        }
       }
       store_results<N>(p, c, (piece.block / wide * S::WARPS + 4 * half) * TILE_ROWS, piece.block % wide * N, scratch,
                        half, place, pack_bf16);
     }
-  }
-  if (p.parts > 1) {
-    cluster_sync();
-    if (warp < S::WARPS) {
-      const uint32_t part = me % p.parts, block = me / p.parts;
-      const int half = warp >> 2, place = threadIdx.x & 127;
-      const uint32_t from = xs + half * (N / 8 * 2048) + place * 16;
-#pragma unroll 1
-      for (uint32_t s = N / 16 * part / p.parts; s < N / 16 * (part + 1) / p.parts; s++) {
-        float c[2][4] = {};
+    // Blocks that were cut: everybody who has a piece of one adds up some of its columns.
+    const auto join = [&](uint32_t block) {
+      const uint32_t first = block * pieces.units, owner = pieces.owner(first, grid),
+                     count = pieces.owner(first + pieces.units - 1, grid) - owner + 1;
+      uint32_t* const arrived = p.arrived + 2 * owner;
+      if (threadIdx.x == 0) await_count(arrived, count);
+      bar_sync<8, 32 * S::WARPS>();
+      for (uint32_t chunk = me - owner + half * count; chunk < WGS * N / 16; chunk += WGS * count) {
+        const uint32_t of = chunk % WGS, s = chunk / WGS;  // whose 64 rows, which 16 columns of activations
+        float sum[2][4] = {};
 #pragma unroll 4
-        for (int other = 0; other < p.parts; other++)
+        for (uint32_t other = 0; other < count; other++) {
+          const float4* from = (const float4*)p.partial +
+                               (((size_t)(owner + other) * 2 + (other > 0)) * WGS + of) * (N / 8) * 128 + place;
 #pragma unroll
           for (int k = 0; k < 2; k++) {
-            const float4 v = lds_float4_of(from + (2 * s + k) * 2048, other);
-            c[k][0] += v.x, c[k][1] += v.y, c[k][2] += v.z, c[k][3] += v.w;
+            const float4 v = __ldcg(from + (2 * s + k) * 128);
+            sum[k][0] += v.x, sum[k][1] += v.y, sum[k][2] += v.z, sum[k][3] += v.w;
           }
-        store_results<16>(p, c, (block / wide * S::WARPS + 4 * half) * TILE_ROWS, block % wide * N + 16 * s,
-                          xs + S::SCRATCH_AT + half * S::SCRATCH, half, place, pack_bf16);
+        }
+        store_results<16>(p, sum, (block / wide * S::WARPS + 4 * of) * TILE_ROWS, block % wide * N + 16 * s, scratch,
+                          half, place, pack_bf16);
       }
-    }
-    cluster_sync();  // nobody reads the sums of a block that is gone
+      bar_sync<8, 32 * S::WARPS>();
+      if (threadIdx.x == 0 && atomic_add_ordered(arrived + 1, 1) == count - 1) arrived[0] = arrived[1] = 0;
+    };
+    const uint32_t begin = pieces.start(me, grid), end = pieces.start(me + 1, grid), units = pieces.units;
+    if (begin < end && (begin % units || end - begin < units)) join(begin / units);
+    if (begin < end && end % units && end / units != begin / units) join(end / units);
   }
 #endif
 }

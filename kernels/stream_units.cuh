@@ -56,12 +56,17 @@ struct StreamUnit<Fixed> {
   static constexpr bool APART = false;
   Fixed::Unit unit;
   Repairs repairs;
+  uint32_t mine;  // where the lane's 16 bytes of vector 0 are
   __device__ __forceinline__ void load(const Prefill& p, uint32_t at, uint32_t trailer, int u, int lane) {
-    unit.load(at, trailer + 8, u, lane);
-    unit.by128 = p.by128, unit.by8 = p.by8;
+    mine = at + 16 * lane;
     repairs.load(trailer, Fixed::EXTRA, u, lane);
+    unit.codes[0] = lds128(mine + 2048), unit.sm[0] = lds128(mine);
+    unit.start(lds8(trailer + 8 + u));
+    unit.by128 = p.by128, unit.by8 = p.by8;
   }
-  __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) const {
+  __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) {
+    if (j < 3) unit.sm[j + 1] = lds128(mine + 512 * (j + 1));  // comes while this one is decoded
+    if (j == 1) unit.codes[1] = lds128(mine + 2560);
     unit.vector(j, a);
     if (repairs.vectors >> j & 1) repairs.patch(j, a, scratch, lane, p.overflow);
   }
