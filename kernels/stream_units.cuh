@@ -50,12 +50,65 @@ struct StreamUnit {
   }
 };
 
-// With the stage's repairs.
+// The repairs that a unit needs: most need none, one or two. Those are sought when the unit is loaded, while products
+// run, and put into its registers by the lane that has the weight.
+struct StreamRepairs {
+  static constexpr uint32_t MORE = 16, LISTED = 32;
+  uint32_t entry, first, second, unit, stage;
+  uint32_t vectors;  // those that need some, and whether there are more than two, or all are in the overflow list
+  __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
+    entry = lds32(lane < ENTRIES ? trailer + 8 + extra + 4 * lane : trailer);
+    unit = 16u | u, stage = trailer, vectors = 0;
+    uint32_t left = __ballot_sync(~0u, lane < ENTRIES ? repairs_unit(entry, u) : entry != 0);
+    if (left == 0) return;
+    first = __shfl_sync(~0u, entry, __ffs(left) - 1);
+    second = __shfl_sync(~0u, entry, 31 - __clz(left));  // perhaps the first again, which does no harm
+    vectors = left >> ENTRIES ? 15 | LISTED : __popc(left) > 2 ? 15 | MORE : 1 << (first >> 9 & 3) | 1 << (second >> 9 & 3);
+  }
+  __device__ __forceinline__ static void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
+    const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8, halves = e & 1 ? 0x7610 : 0x3276;
+#pragma unroll
+    for (uint32_t p = 0; p < 8; p++)
+      if (place == p) a[p] = __byte_perm(a[p], e, halves);
+  }
+  // scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
+                                        const uint32_t* overflow) const {
+    if (!(vectors >> j & 1)) return;
+    if (vectors & LISTED) return patch_listed(j, a, scratch, lane, overflow);
+    if (vectors & MORE) {
+      uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
+#pragma unroll 1
+      for (; left; left &= left - 1) patch_one(__shfl_sync(~0u, entry, __ffs(left) - 1), a, lane);
+      return;
+    }
+    if ((first >> 9 & 3) == j) patch_one(first, a, lane);
+    if ((second >> 9 & 3) == j) patch_one(second, a, lane);
+  }
+  __device__ __forceinline__ void patch_listed(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
+                                               const uint32_t* overflow) const {
+    const uint32_t count = lds32(stage);
+    overflow += lds32(stage + 4);
+    sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
+    sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
+    __syncwarp();
+#pragma unroll 1
+    for (uint32_t i = lane; i < count; i += 32) {
+      const uint32_t e = __ldg(overflow + i);
+      if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
+    }
+    __syncwarp();
+    const uint4 lo = lds128(scratch + 16 * lane), hi = lds128(scratch + 512 + 16 * lane);
+    a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
+    __syncwarp();
+  }
+};
+
 template <>
 struct StreamUnit<Fixed> {
   static constexpr bool APART = false;
   Fixed::Unit unit;
-  Repairs repairs;
+  StreamRepairs repairs;
   uint32_t mine;  // where the lane's 16 bytes of vector 0 are
   __device__ __forceinline__ void load(const Prefill& p, uint32_t at, uint32_t trailer, int u, int lane) {
     mine = at + 16 * lane;
@@ -68,7 +121,7 @@ struct StreamUnit<Fixed> {
     if (j < 3) unit.sm[j + 1] = lds128(mine + 512 * (j + 1));  // comes while this one is decoded
     if (j == 1) unit.codes[1] = lds128(mine + 2560);
     unit.vector(j, a);
-    if (repairs.vectors >> j & 1) repairs.patch(j, a, scratch, lane, p.overflow);
+    repairs.patch(j, a, scratch, lane, p.overflow);
   }
 };
 #endif

@@ -127,6 +127,7 @@ static void make_blocks_of(DenseMatrix& dense, Kind kind) {
     dequantize<L><<<1056, 256>>>(dense.blocks.get(), exact.get(), dense.weights.get(), spread.get(), rows, cols,
                                  bench::BF16);
     CUDA(cudaDeviceSynchronize());
+    if (L::GROUP == 128) dense.row_scales = std::move(exact);  // integers are not rounded
   }
 }
 template <class L>
@@ -207,7 +208,9 @@ struct Launches {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const Shape<L>& shape = packed.shape();
     const long long blocks = ceil_div(shape.tiles, 4 * width.wgs) * (long long)ceil_div(batch, width.columns);
-    {
+    if (parts > 1) {
+      if (blocks * parts <= device.multiprocessors && shape.units >= parts) grid = p.cut = blocks, grid *= parts;
+    } else {
       grid = (int)std::min<long long>(device.multiprocessors, parts ? blocks * shape.units : blocks);
       if (parts && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
       if (parts && !p.cut) grid = 0;
@@ -245,7 +248,7 @@ static DenseMatrix matrix(int rows, int cols, Kind kind) {
 }
 
 // One warp an output: y against the sum in f64. errors[0]: how many are wrong, [1]: the first one's place + 1.
-__global__ void check_outputs(const uint16_t* w, const uint16_t* x, int x_stride, const uint16_t* y, int y_stride,
+__global__ void check_outputs(const uint16_t* w, const float* exact, const uint16_t* x, int x_stride, const uint16_t* y, int y_stride,
                               int rows, int cols, int batch, long long count, long long step, uint32_t* errors) {
   const long long warp = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
   if (warp >= count) return;
@@ -253,7 +256,7 @@ __global__ void check_outputs(const uint16_t* w, const uint16_t* x, int x_stride
   const int m = place / rows, row = place % rows, lane = threadIdx.x % 32;
   double sum = 0, size = 0;
   for (int k = lane; k < cols; k += 32) {
-    const double t = (double)from_bf16(w[(size_t)row * cols + k]) * from_bf16(x[(size_t)m * x_stride + k]);
+    const double t = (double)(exact ? exact[(size_t)row * cols + k] : from_bf16(w[(size_t)row * cols + k])) * from_bf16(x[(size_t)m * x_stride + k]);
     sum += t, size += fabs(t);
   }
   for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o), size += __shfl_xor_sync(~0u, size, o);
@@ -284,7 +287,7 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
   const Packed packed(dense);
   for (int batch : batches)
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 1; parts++) {
+      for (int parts = 0; parts <= 8; parts++) {
         Launches launches(device, packed, dense, batch, width, parts);
         if (width.columns >= batch + 128 || !launches.grid) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
@@ -306,7 +309,7 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
           }
           errors.fill(0, 2);
           const long long all = (long long)rows * batch, count = std::min<long long>(all, 200000);
-          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(dense.weights.get(), x.get(), x_stride, y.get(),
+          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(dense.weights.get(), dense.row_scales.get(), x.get(), x_stride, y.get(),
                                                                   y_stride, rows, cols, batch, count,
                                                                   all == count ? 1 : 102949, errors.get());
         }
@@ -340,9 +343,10 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
     std::string text;
     double best = 1e9;
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 1; parts++) {
+      for (int parts = 0; parts <= 8; parts++) {
         Launches launches(device, packed, dense, batch, width, parts);
         if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid) continue;
+        if (parts > 1 && launches.grid < 90) continue;
         const double us = time_launches(16, [&](int i, cudaStream_t stream) {
           launches.run(x.get(), cols, copies.of(i), y.get(), rows, stream, true);
         });

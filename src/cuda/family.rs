@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
 
 use super::kernels::function;
+use super::stream;
 use crate::Result;
 use crate::codec::kquant::GgmlType;
 
@@ -165,6 +166,8 @@ pub(super) struct PackedKernels {
     /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
     /// those for a single row and for up to 8, or with more warps, where there are such.
     pub joined: Vec<CudaFunction>,
+    /// For some rows of activations, on compute capability 9.0: `super::stream`.
+    pub stream: Vec<(CudaFunction, usize)>,
 }
 
 /// What makes the layout.
@@ -177,8 +180,14 @@ pub(super) enum Pack {
 }
 
 impl PackedKernels {
-    pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32, hopper: bool) -> Result<PackedKernels> {
-        let prefix = family.prefix();
+    /// `streams`: the module of `super::stream`'s kernels, which compute capability 9.0 has.
+    pub fn load(
+        family: Family,
+        module: &Arc<CudaModule>,
+        streams: Option<&Arc<CudaModule>>,
+        shared: i32,
+    ) -> Result<PackedKernels> {
+        let (prefix, hopper) = (family.prefix(), streams.is_some());
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
         let pack = match family.blocks() {
@@ -210,7 +219,8 @@ impl PackedKernels {
         };
         let joined = joined.iter().map(|name| Ok(function(module, &format!("{prefix}_{name}"), shared)?.0));
         let joined = joined.collect::<Result<_>>()?;
-        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
+        let stream = streams.map_or(Ok(vec![]), |module| stream::load(module, family, shared))?;
+        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products, stream })
     }
 
     /// The product of that number.

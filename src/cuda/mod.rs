@@ -55,6 +55,7 @@ mod rans;
 mod scratch;
 mod shares;
 mod step_inputs;
+mod stream;
 mod upload;
 mod weight;
 

@@ -218,6 +218,6 @@ impl Fused for Packed {
         if let Some(kernels) = self.prefills(batch, dtype) {
             return self.prefill(kernels, x, y, batch);
         }
-        self.multiply(x, y, batch, dtype)
+        Ok(self.stream(x, y, batch, dtype)? || self.multiply(x, y, batch, dtype)?)
     }
 }

@@ -1,0 +1,6 @@
+// Products of layout `fixed` with some columns of activations (stream.cuh).
+#include "stream_entry.cuh"
+
+using namespace taper;
+
+STREAMS(fixed, Fixed)

@@ -1,0 +1,10 @@
+// The kernels of a layout for some columns of activations (stream.cuh).
+#pragma once
+#include "stream.cuh"
+
+#define STREAM(NAME, L, N)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(taper::Stream<L, N>::BLOCK, 1)                                        \
+      NAME##_stream_##N(const __grid_constant__ taper::Prefill p) {                                                  \
+    taper::stream_product<L, N>(p);                                                                                  \
+  }
+#define STREAMS(NAME, L) STREAM(NAME, L, 32) STREAM(NAME, L, 64)
