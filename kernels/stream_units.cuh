@@ -55,7 +55,7 @@ struct StreamUnit {
 struct StreamRepairs {
   static constexpr uint32_t MORE = 16, LISTED = 32;
   uint32_t entry, first, second, unit, stage;
-  uint32_t vectors;  // those that need some, and whether there are more than two, or all are in the overflow list
+  uint32_t vectors = 0;  // those that need some, and whether there are more than two, or all are in the overflow list
   __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
     entry = lds32(lane < ENTRIES ? trailer + 8 + extra + 4 * lane : trailer);
     unit = 16u | u, stage = trailer, vectors = 0;
