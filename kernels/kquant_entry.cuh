@@ -8,12 +8,9 @@
 #include "kquant_warpgroup.cuh"
 
 // What all of them have: besides the products by columns of activations (entry.cuh) those by rows of bf16 or f16, for
-// one and, on compute capability 9.0, for up to 8 and 16.
+// one and, on compute capability 9.0, for up to 8 and 16. That for one and that for up to 8 take several matrices.
 #define BLOCK_LAYOUT(NAME, L)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_8(const __grid_constant__ Product p) {         \
-    few_product<L, 1>(p);                                                                                              \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_joined_few_8(const __grid_constant__ Products p) { \
+  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_8(const __grid_constant__ Products p) {        \
     const Product mine = p.mine();                                                                                     \
     few_product<L, 1>(mine);                                                                                           \
   }                                                                                                                    \
@@ -21,11 +18,7 @@
     few_product<L, 2>(p);                                                                                              \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
-      NAME##_product_1(const __grid_constant__ Product p) {                                                            \
-    single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(p);                                                  \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
-      NAME##_joined_1(const __grid_constant__ Products p) {                                                            \
+      NAME##_product_1(const __grid_constant__ Products p) {                                                           \
     const Product mine = p.mine();                                                                                     \
     single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(mine);                                               \
   }                                                                                                                    \

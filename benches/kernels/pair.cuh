@@ -81,9 +81,9 @@ class PairMatrix {
     };
     Launch launch;
     Product& p = launch.product();
-    p.weights = weights_.get(), p.overflow = table_.get(), launch.args.offsets = offsets_.get();
+    p.weights = weights_.get(), p.overflow = table_.get(), launch.pair.offsets = offsets_.get();
     p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type, p.keep = pair_tiles_kept(columns);
-    launch.args.slot_bytes = slot_bytes_;
+    launch.pair.slot_bytes = slot_bytes_;
     int slabs = 1;
     while (slabs <= shape_.stages && !fits(slabs, 5)) slabs++;
     launch.fits = slabs <= shape_.stages;

@@ -162,9 +162,6 @@ pub(super) struct PackedKernels {
     /// compute capability 9.0 and up to 8 and 16 rows of these; `fixed` has one for compute capability 9.0 and 64 columns,
     /// and two for up to 8 and 16 with more warps.
     pub products: Vec<(CudaFunction, usize)>,
-    /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
-    /// those for a single row and for up to 8, or with more warps, where there are such.
-    pub joined: Vec<CudaFunction>,
 }
 
 /// What makes the layout.
@@ -203,14 +200,7 @@ impl PackedKernels {
                 products.push(function(module, name, shared)?);
             }
         }
-        let joined: &[&str] = match (family.blocks(), family == Family::Fixed && hopper) {
-            (true, _) => &["joined_8", "joined_1", "joined_few_8"],
-            (_, true) => &["joined_8", "teams_joined_8"],
-            _ => &["joined_8"],
-        };
-        let joined = joined.iter().map(|name| Ok(function(module, &format!("{prefix}_{name}"), shared)?.0));
-        let joined = joined.collect::<Result<_>>()?;
-        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
+        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products })
     }
 
     /// The product of that number.

@@ -311,14 +311,13 @@ const FEW: usize = 7;
 /// From the products for 8 and 16 columns of `fixed` to those with two teams.
 const TEAMS: usize = 5;
 
-/// The number of a kernel's counterpart for several matrices, among those of a layout.
-pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
+/// Whether a layout's kernel of that number takes several matrices with the same activations.
+pub(super) fn takes_several(kernel: usize, family: Family) -> bool {
     match kernel {
-        0 => Some(0),
-        SINGLE if family.blocks() => Some(1),
-        FEW if family.blocks() => Some(2),
-        TEAMS if family == Family::Fixed => Some(1),
-        _ => None,
+        0 => true,
+        SINGLE | FEW => family.blocks(),
+        TEAMS => family == Family::Fixed,
+        _ => false,
     }
 }
 

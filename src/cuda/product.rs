@@ -12,7 +12,7 @@ use super::prefer::Preferred;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
-/// The argument of a product: the struct of that name in `kernels/product.cuh`.
+/// The argument of a product: the struct of that name in `kernels/ring.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Product {
@@ -44,7 +44,15 @@ pub(super) struct Product {
 unsafe impl DeviceRepr for Product {}
 const _: () = assert!(size_of::<Product>() == 120);
 
+/// Matrices of one launch at most.
+pub(super) const MATRICES: usize = 3;
+
 impl Product {
+    /// In the place of a matrix that a launch does not have: its first block is past the grid.
+    pub fn none() -> Product {
+        Product { first_block: i32::MAX, ..Product::default() }
+    }
+
     /// What does not depend on where the memory lies: `batch` rows of dtype `kind`, launched as `shape` says.
     pub fn of(shape: &LaunchShape, geometry: Geometry, batch: usize, kind: i32) -> Product {
         let Geometry { rows, cols } = geometry;
@@ -178,7 +186,9 @@ impl Packed {
             let shape = LaunchShape::of(*family, *geometry, kernels, batch, parts, (preferred, programmatic))?;
             Some((shape, functions.product(shape.kernel)?))
         };
+        // Kernels that take several matrices are told that there are no more; others read the first.
+        let alone = |product| [product, Product::none(), Product::none()];
         // SAFETY: the matrix was packed for these kernels, and `LaunchShape` computes what they ask for.
-        unsafe { factor.product((x, y), (batch, each), dtype, shape, |product| product) }
+        unsafe { factor.product((x, y), (batch, each), dtype, shape, alone) }
     }
 }
