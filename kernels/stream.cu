@@ -3,4 +3,5 @@
 
 using namespace taper;
 
-STREAMS(fixed, Fixed)
+STREAM(fixed, Fixed, 32, 4)
+STREAM(fixed, Fixed, 64, 4)

@@ -4,8 +4,8 @@
 
 using namespace taper;
 
-STREAMS(q4_k, LayoutQ4K)
-STREAMS(q5_k, LayoutQ5K)
-STREAMS(q6_k, LayoutQ6K)
-STREAMS(q2_k, LayoutQ2K)
-STREAMS(q3_k, LayoutQ3K)
+BLOCK_STREAMS(q4_k, LayoutQ4K)
+BLOCK_STREAMS(q5_k, LayoutQ5K)
+BLOCK_STREAMS(q6_k, LayoutQ6K)
+BLOCK_STREAMS(q2_k, LayoutQ2K)
+BLOCK_STREAMS(q3_k, LayoutQ3K)

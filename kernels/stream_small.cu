@@ -5,9 +5,10 @@
 
 using namespace taper;
 
-STREAMS(q8_0, LayoutQ80)
-STREAMS(q4_0, LayoutQ40)
-STREAMS(q4_1, LayoutQ41)
-STREAMS(q5_0, LayoutQ50)
-STREAMS(q5_1, LayoutQ51)
-STREAMS(int4_g128, LayoutInt4G128)
+BLOCK_STREAMS(q8_0, LayoutQ80)
+BLOCK_STREAMS(q4_0, LayoutQ40)
+BLOCK_STREAMS(q4_1, LayoutQ41)
+BLOCK_STREAMS(q5_0, LayoutQ50)
+BLOCK_STREAMS(q5_1, LayoutQ51)
+STREAM(int4_g128, LayoutInt4G128, 32, 4)
+STREAM(int4_g128, LayoutInt4G128, 64, 3)

@@ -25,9 +25,9 @@ const SUMS: usize = 16;
 
 /// One for each kernel.
 const WIDTHS: [Width; 3] = [
-    Width { columns: 64, rows: ROWS, unit: 0.41, meeting: 15.0 },
-    Width { columns: 128, rows: ROWS, unit: 0.59, meeting: 16.0 },
-    Width { columns: 256, rows: ROWS, unit: 1.16, meeting: 18.0 },
+    Width { columns: 64, rows: ROWS, unit: 0.41, meeting: 15.0, evenly: None },
+    Width { columns: 128, rows: ROWS, unit: 0.59, meeting: 16.0, evenly: None },
+    Width { columns: 256, rows: ROWS, unit: 1.16, meeting: 18.0, evenly: None },
 ];
 
 /// The kernels; no other compute capability than 9.0 has them.

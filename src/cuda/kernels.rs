@@ -36,7 +36,8 @@ pub(super) struct Kernels {
     pub decode_rows_bf16: [CudaFunction; 2],
     pub decode_ids: CudaFunction,
     pub hybrid: CudaFunction,
-    pub hybrid_bf16: [CudaFunction; 2],
+    /// With the shared memory that each may ask for.
+    pub hybrid_bf16: [(CudaFunction, usize); 2],
     pub convert: CudaFunction,
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
@@ -133,8 +134,8 @@ impl Kernels {
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
             hybrid: function(&hybrid, "hybrid_product", shared)?.0,
             hybrid_bf16: [
-                function(&hybrid, "hybrid_product_bf16", shared)?.0,
-                function(&hybrid, "hybrid_product_bf16_levels", shared)?.0,
+                function(&hybrid, "hybrid_product_bf16", shared)?,
+                function(&hybrid, "hybrid_product_bf16_levels", shared)?,
             ],
             convert: function(&decode, "taper_convert", 0)?.0,
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,

@@ -32,7 +32,7 @@ const WIDTHS: [Width; 3] = [width(128, 39.0), width(192, 42.5), width(256, 52.0)
 
 /// `cost` is the time for 32 units; pieces take as long to add up as 8.3 units.
 const fn width(columns: usize, cost: f64) -> Width {
-    Width { columns, rows: ROWS, unit: cost / 32.0, meeting: 8.3 * cost / 32.0 }
+    Width { columns, rows: ROWS, unit: cost / 32.0, meeting: 8.3 * cost / 32.0, evenly: None }
 }
 
 /// The kernels; no other compute capability than 9.0 has them.

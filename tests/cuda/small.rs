@@ -101,24 +101,31 @@ fn many_rows() {
         check(&device, &layer, &w, &activations(MANY, 520, 1), MANY, DType::BF16, &format!("{layout:?}"));
     }
     let matrix = kquant::Matrix::new(GgmlType::Q4_K, 40, 768, 7);
-    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::BF16);
+    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::F16);
 }
 
-/// Streams of whole blocks and of pieces, of one block and of several.
+/// Each of the kernels through which weights stream, of whole blocks and of pieces, of one block and of several.
 #[test]
 fn streams() {
     let Some(device) = gpu() else { return };
-    for (shape, rows, cols) in [(Shape::Specials, 16, 200), (Shape::StudentT, 40, 1300), (Shape::Scaled, 600, 1300)] {
+    let cases = [
+        (Shape::Specials, 16, 200, 20),
+        (Shape::StudentT, 40, 1300, 40),
+        (Shape::Scaled, 600, 1300, 20),
+        (Shape::Scaled, 17_000, 128, 40),
+    ];
+    for (shape, rows, cols, m) in cases {
         let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
-        for m in [20, 40] {
-            let what = format!("{shape:?} {rows}x{cols} m={m}");
-            check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
-        }
+        let what = format!("{shape:?} {rows}x{cols} m={m}");
+        check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
     }
     for ty in QUANTIZED {
-        let matrix = kquant::Matrix::new(ty, 600, 1280, 7);
-        for m in [20, 40] {
+        let several = [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0].contains(&ty);
+        let cases: &[_] =
+            if several { &[(600, 1280, 20), (17_000, 256, 40), (17_000, 256, 70)] } else { &[(600, 1280, 70)] };
+        for &(rows, cols, m) in cases {
+            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
             let x = activations(m, matrix.shape[1], 1);
             kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
         }
