@@ -65,7 +65,9 @@ impl Packed {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
         let Some(plan) = Plan::of(widths, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
-        let (function, shared) = &self.kernels.packed(self.family)?.stream[plan.kernel];
+        let Some((function, shared)) = self.kernels.packed(self.family)?.stream.get(plan.kernel) else {
+            return Ok(false);
+        };
         let stream = self.device.cuda_stream();
         // A block may have pieces of two.
         self.kernels.scratch.product(&self.device, 2 * plan.partial(), 0, |partial, arrived| {
