@@ -5,7 +5,6 @@
 #include "kquant_few.cuh"
 #include "kquant_formats.cuh"
 #include "kquant_single.cuh"
-#include "kquant_warpgroup.cuh"
 
 // What all of them have: besides the products by columns of activations (entry.cuh) those by rows of bf16 or f16, for
 // one and, on compute capability 9.0, for up to 8 and 16. That for one and that for up to 8 take several matrices.
@@ -35,28 +34,3 @@
     decode_group_ids<L>(weights, ids, out, out_type, rows, cols, stride);                                              \
   }                                                                                                                    \
   TAPER_PRODUCTS(NAME, L)
-
-// Products of whole warpgroups, for up to 32 and 64 columns of activations. Compute capability 9.0 only (code for
-// sm_90a); elsewhere they do nothing.
-#define WARPGROUP_PRODUCTS(NAME, L, PRODUCT)                        \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
-      NAME##_warpgroup_32(const __grid_constant__ Product p) {      \
-    PRODUCT<L, 4>(p);                                               \
-  }                                                                 \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
-      NAME##_warpgroup_64(const __grid_constant__ Product p) {      \
-    PRODUCT<L, 8>(p);                                               \
-  }
-
-// Groups of 16 or 32: also the power of two for each row that warpgroups need.
-#define KQUANT_LAYOUT(NAME, L)                                                                                      \
-  BLOCK_LAYOUT(NAME, L)                                                                                             \
-  WARPGROUP_PRODUCTS(NAME, L, group_warpgroup_product)                                                              \
-  extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
-    group_row_scales<L>(blocks, cols, out);                                                                         \
-  }
-
-// Groups of 128, a row of a unit.
-#define INT4_LAYOUT(NAME, L) \
-  BLOCK_LAYOUT(NAME, L)      \
-  WARPGROUP_PRODUCTS(NAME, L, warpgroup_product)

@@ -21,7 +21,6 @@ class PairMatrix {
   static void prepare(const Device& device) {
     allow_shared_memory(device, {(void*)pair_product_8, (void*)pair_product_16, (void*)pair_decode});
   }
-  static bool has_warpgroups(const Device&, int) { return false; }
 
   PairMatrix(const Device& device, const DenseMatrix& dense, int block_rows = ALL_ROWS)
       : device_(device), dense_(dense), shape_(dense.rows, dense.cols) {
@@ -74,7 +73,7 @@ class PairMatrix {
     return true;
   }
 
-  Launch plan(int batch, Type x_type, bool programmatic, bool) const {
+  Launch plan(int batch, Type x_type, bool programmatic) const {
     const int columns = batch * (x_type + 1);
     const auto fits = [&](int slabs, int slots) {
       return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_) <= device_.shared_limit;

@@ -64,9 +64,7 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         return Ok(None);
     }
     let programmatic = programmatic(kernels);
-    let shape = |packed: &&Packed| {
-        LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, (packed.preferred, programmatic))
-    };
+    let shape = |packed: &&Packed| LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, programmatic);
     let Some(mut shapes) = packed.iter().map(shape).collect::<Option<Vec<_>>>() else { return Ok(None) };
     let kernel = shapes[0].kernel;
     let tiles: Vec<usize> = packed.iter().map(|packed| packed.geometry.rows.div_ceil(TILE_ROWS)).collect();

@@ -117,11 +117,12 @@ impl Kernels {
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
         let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
+        let warpgroups = capability == (9, 0);
+        let streams = warpgroups.then(|| module(image::STREAM)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
+            Ok((family, PackedKernels::load(family, module, streams.as_ref(), shared)?))
         });
-        let warpgroups = capability == (9, 0);
         let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
@@ -165,9 +166,14 @@ impl Kernels {
         }
         let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
         let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
+        let streams =
+            self.warpgroups.then(|| Ok::<_, Error>((module(image::STREAM_KQUANT)?, module(image::STREAM_SMALL)?)));
+        let streams = streams.transpose()?;
         let load = |ty: GgmlType| {
-            let (family, module) = (Family::Blocks(ty), if ty.block_len() == 256 { &large } else { &small });
-            Ok((family, PackedKernels::load(family, module, self.shared, self.warpgroups)?))
+            let wide = ty.block_len() == 256;
+            let (family, module) = (Family::Blocks(ty), if wide { &large } else { &small });
+            let streams = streams.as_ref().map(|(large, small)| if wide { large } else { small });
+            Ok((family, PackedKernels::load(family, module, streams, self.shared)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.
