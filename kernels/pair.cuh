@@ -9,11 +9,18 @@
 // is simply weight times activation, exact also for infinities. Exponent 255 is never in the table, exponent 0 needs no
 // repair.
 //
+// Rows differ in scale, and one code serves the whole matrix: each row is first divided by a power of two, 0 to 15, that
+// brings it near the others. Exponents from 1 to 254 are lowered by it, and stay at 1 or above; so rows with an exponent
+// of 0 are left alone. Products multiply a row's sum by its power, decoders add it to the exponents.
+//
 //   stage   n <= 8 units of one tile (unit.cuh)
-//           n x u32          first word | (A - 1) << 12 | repairs << 20 (words of `tail`; A: the bits between lanes)
-//           n x 32 bytes     d (i8) of each lane; padded to 16 bytes
+//           8 bytes          the tile's row shifts, 4 bits each, first row lowest
+//           n x u32          first word | (A - 1) << 12 | repairs << 20 (words of `tail`; A: the bits between lanes;
+//                            repairs of units 0 to 3 stand with unit 0, those of the others with unit 4)
+//           n x 28 bytes     d of each lane: word i / 5 has it from bit 6 (i % 5) on, signed; padded to 16 bytes
 //           n x 2048 bytes   sign and mantissa as in `fixed`
-//           tail             repairs of all units in their order: value as bf16 << 16 | column in the stage << 4 | row;
+//           tail             repairs of units 0 to 3, sorted by row, then of the others: shifted value as bf16 << 16 |
+//                            column in the stage << 4 | row;
 //                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit
 //                            first, 32 pairs: j, then p
 // Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is
@@ -22,8 +29,8 @@
 // A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its
 // stages would not fit a ring anyway.
 //
-// Budget per pair: PRMT + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 7 with refills;
-// 5.2 instructions a weight in all. The table is there once for each lane (32 KB), so that look-ups never meet in a
+// Budget per pair: LOP3 + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 6 and 1.5 for
+// windows and refills; 4 instructions a weight. The table is there once for each lane (32 KB), so that look-ups never meet in a
 // bank. A look-up chain is long: each warp runs four units at once, 32 chains an SM.
 #pragma once
 #include "sums.cuh"
@@ -35,9 +42,35 @@ struct Pair {
   static constexpr int UNIT_BYTES = 2048, TRAILER = 0;  // of Shape only counts are used
 };
 constexpr int TABLE_BYTES = 256 * 128;
+constexpr int MOST_SHIFT = 15;                                    // of a row
 constexpr int PAIR_BITS = 256, MAX_WORDS = 265, MAX_TAIL = 4095;  // bits of a lane, words of a unit, of a tail at most
 
-__host__ __device__ constexpr int pair_header_bytes(int units) { return (units * 36 + 15) / 16 * 16; }
+constexpr int SHIFT_BYTES = 8, LANES_A_WORD = 5, START_BITS = 6, START_BYTES = 28;
+__host__ __device__ constexpr int pair_header_bytes(int units) {
+  return (SHIFT_BYTES + units * (4 + START_BYTES) + 15) / 16 * 16;
+}
+// Where unit `unit` of a stage has its word, and its lanes' d.
+__host__ __device__ constexpr int unit_head(int unit) { return SHIFT_BYTES + 4 * unit; }
+__host__ __device__ constexpr int unit_starts(int units, int unit) {
+  return SHIFT_BYTES + 4 * units + START_BYTES * unit;
+}
+
+// Shifts of the rows that a lane has.
+struct RowShifts {
+  uint32_t top, bottom;  // of rows g and g + 8
+  __device__ __forceinline__ RowShifts(uint32_t stage, int lane) {
+    const uint2 all = lds64(stage);
+    top = all.x >> (lane & ~3) & 15, bottom = all.y >> (lane & ~3) & 15;
+  }
+};
+__device__ __forceinline__ float power_of_two(uint32_t n) { return __uint_as_float((127 + n) << 23); }
+// Exponents of two weights back to what they were.
+__device__ __forceinline__ uint32_t shift_back(uint32_t two, uint32_t shift) { return two + shift * 0x00800080u; }
+// The same for a repair's value, which is not shifted if it is not finite.
+__device__ __forceinline__ uint16_t repair_value(uint32_t stage, uint32_t repair) {
+  const uint32_t value = repair >> 16, shift = lds32(stage + (repair >> 1 & 4)) >> 4 * (repair & 7) & 15;
+  return (uint16_t)((value & 0x7F80) == 0x7F80 ? value : value + (shift << 7));
+}
 
 // The table on its way to shared memory, where entry i of lane l is at 128 i + 4 l.
 template <int THREADS>
@@ -54,28 +87,33 @@ struct Table {
   }
 };
 
-// U units side by side: their places in the bit streams and the next three words of each.
+// U units side by side: their places in the bit streams and the next three words of each. A look-up takes bits 7 to 14
+// of a window, which are 128 times the code's index: so windows begin seven bits early.
 template <int U>
 struct PairStreams {
   uint32_t bit[U], at[U], w0[U], w1[U], w2[U];
-  __device__ __forceinline__ void start(int u, uint32_t tail, uint32_t head, int d, int lane) {
-    bit[u] = ((head >> 12 & 255) + 1) * lane + 2 * d;
-    at[u] = tail + (head & 4095) * 4 + (bit[u] >> 5) * 4;
+  __device__ __forceinline__ void start(int u, uint32_t stage, uint32_t tail, int units, int unit, int lane) {
+    const uint32_t head = lds32(stage + unit_head(unit)),
+                   starts = lds32(stage + unit_starts(units, unit) + lane / LANES_A_WORD * 4);
+    const int d = (int)(starts << (32 - START_BITS - lane % LANES_A_WORD * START_BITS)) >> (32 - START_BITS),
+              first = (int)((head >> 12 & 255) + 1) * lane + 2 * d - 7;
+    bit[u] = first;
+    at[u] = tail + (head & 4095) * 4 + (first >> 5) * 4;
     w0[u] = lds32(at[u]), w1[u] = lds32(at[u] + 4), w2[u] = lds32(at[u] + 8);
   }
-  // Four codes of every unit, at most 32 bits.
-  __device__ __forceinline__ void next(uint32_t table_of_lane, uint32_t by128, uint32_t (&entry)[U][4]) {
-    uint32_t window[U];
+  // Four codes of every unit, at most 32 bits. Shifts are by the low 5 bits of an entry: the length.
+  __device__ __forceinline__ void next(uint32_t table, uint32_t lane4, uint32_t (&entry)[U][4]) {
+    uint32_t window[U], later[U];
 #pragma unroll
-    for (int u = 0; u < U; u++) window[u] = __funnelshift_r(w0[u], w1[u], bit[u]);
+    for (int u = 0; u < U; u++)
+      window[u] = __funnelshift_r(w0[u], w1[u], bit[u]), later[u] = __funnelshift_r(w1[u], w2[u], bit[u]);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
 #pragma unroll
-      for (int u = 0; u < U; u++) entry[u][r] = lds32((window[u] & 0xFF) * by128 + table_of_lane);
+      for (int u = 0; u < U; u++) entry[u][r] = lds32(((window[u] & 0x7F80) | lane4) + table);
       if (r < 3) {
 #pragma unroll
-        for (int u = 0; u < U; u++)
-          window[u] = __funnelshift_r(window[u], 0, entry[u][r]);  // by the low 5 bits: the length
+        for (int u = 0; u < U; u++) window[u] = __funnelshift_r(window[u], r == 0 ? later[u] : 0, entry[u][r]);
       }
     }
 #pragma unroll
@@ -84,11 +122,13 @@ struct PairStreams {
       const uint32_t before = bit[u];
       bit[u] = bit[u] + entry[u][0] + entry[u][1];
       bit[u] = bit[u] + entry[u][2] + entry[u][3];
-      if ((bit[u] ^ before) & 32) {
-        w0[u] = w1[u], w1[u] = w2[u];
-        w2[u] = lds32(at[u] + 12);
-        at[u] += 4;
-      }
+      // In PTX: the compiler loads to another register and moves the word from there.
+      asm volatile(
+          "{.reg .pred p; .reg .b32 c; and.b32 c, %4, 32; setp.ne.u32 p, c, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; "
+          "@p ld.shared.u32 %2, [%3 + 12]; @p add.u32 %3, %3, 4;}"
+          : "+r"(w0[u]), "+r"(w1[u]), "+r"(w2[u]), "+r"(at[u])
+          : "r"(bit[u] ^ before)
+          : "memory");
     }
   }
 };
@@ -103,6 +143,5 @@ __device__ __forceinline__ void join4(uint32_t (&a)[4], uint32_t s0, uint32_t s1
   a[0] = join(__byte_perm(s0, 0, 0x2200), entry[0]), a[1] = join(__byte_perm(s0, 0, 0x3311), entry[1]);
   a[2] = join(__byte_perm(s1, 0, 0x2200), entry[2]), a[3] = join(__byte_perm(s1, 0, 0x3311), entry[3]);
 }
-__device__ __forceinline__ int lds_s8(uint32_t a) { return (int8_t)lds8(a); }
 
 }  // namespace taper

@@ -15,19 +15,22 @@ struct PairStage {
   // Hands vector j's registers to put(j, a), with exponents of zero for weights that are repaired.
   template <class Put>
   __device__ __forceinline__ void decode(uint32_t table_at, int warp, int lane, Put put) const {
-    const uint32_t by128 = blockDim.y * 128, bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
+    const uint32_t bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
+    const RowShifts shifts(at, lane);
     PairStreams<1> stream;
-    stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + units * 4 + 32 * warp + lane), lane);
+    stream.start(0, at, tail, units, warp, lane);
 #pragma unroll 1
     for (int j = 0; j < 4; j++) {
       const uint4 s = lds128(bytes + 512 * j + 16 * lane);
       uint32_t entry[2][1][4], a[8], half[4];
-      stream.next(table_at + lane * 4, by128, entry[0]);
-      stream.next(table_at + lane * 4, by128, entry[1]);
-      join4(half, s.x, s.y, entry[0][0]);
-      a[0] = half[0], a[1] = half[1], a[2] = half[2], a[3] = half[3];
-      join4(half, s.z, s.w, entry[1][0]);
-      a[4] = half[0], a[5] = half[1], a[6] = half[2], a[7] = half[3];
+      stream.next(table_at, lane * 4, entry[0]);
+      stream.next(table_at, lane * 4, entry[1]);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        join4(half, h ? s.z : s.x, h ? s.w : s.y, entry[h][0]);
+#pragma unroll
+        for (int p = 0; p < 4; p++) a[4 * h + p] = shift_back(half[p], p & 1 ? shifts.bottom : shifts.top);
+      }
       put(j, a);
     }
   }
@@ -35,10 +38,10 @@ struct PairStage {
   template <class Put>
   __device__ __forceinline__ void repair(int warp, int lane, Put put) const {
     __syncwarp();
-    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+    const int repairs = lds32(at + unit_head(0)) & 4095;  // of the stage: unit 0's words follow them
     for (int q = lane; q < repairs; q += 32) {
       const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, (uint16_t)(e >> 16));
+      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, repair_value(at, e));
     }
   }
 };
@@ -99,7 +102,7 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, step = gridDim.x;
   const Shape<Pair> shape(rows, cols);
-  const uint32_t table_at = shared_address(memory), slots = table_at + TABLE_BYTES, by128 = blockDim.y * 128;
+  const uint32_t table_at = shared_address(memory), slots = table_at + TABLE_BYTES;
   const uint64_t policy = evict_first_policy();
   let_next_kernel_start();
   int i = blockIdx.x;
@@ -125,8 +128,9 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
     __syncthreads();
     if (warp < now.units) {
       const uint32_t at = slots + slot * slot_bytes, tail = at + now.header();
+      const RowShifts shifts(at, lane);
       PairStreams<1> stream;
-      stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + now.units * 4 + 32 * warp + lane), lane);
+      stream.start(0, at, tail, now.units, warp, lane);
       const int unit = now.number * Pair::UNITS + warp, rows_left = rows - now.tile * TILE_ROWS - g,
                 cols_left = cols - unit * UNIT_COLS - 8 * t;  // from the lane's first weight on
       uint16_t* const to = out + (size_t)(now.tile - tile0) * TILE_ROWS * stride + unit * UNIT_COLS;
@@ -135,10 +139,15 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         uint32_t entry[2][1][4], a[4], b[4];
-        stream.next(table_at + lane * 4, by128, entry[0]);
-        stream.next(table_at + lane * 4, by128, entry[1]);
+        stream.next(table_at, lane * 4, entry[0]);
+        stream.next(table_at, lane * 4, entry[1]);
         join4(a, mine[j].x, mine[j].y, entry[0][0]);
         join4(b, mine[j].z, mine[j].w, entry[1][0]);
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+          const uint32_t shift = p & 1 ? shifts.bottom : shifts.top;
+          a[p] = shift_back(a[p], shift), b[p] = shift_back(b[p], shift);
+        }
         const uint4 v = make_uint4(a[0], a[2], b[0], b[2]), w = make_uint4(a[1], a[3], b[1], b[3]);
         if (!WHOLE) {
           if (rows_left > 0) store_some(place + 32 * j, v, cols_left - 32 * j);
@@ -151,10 +160,10 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
         }
       }
       __syncwarp();
-      const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+      const int repairs = lds32(at + unit_head(0)) & 4095;  // of the stage: unit 0's words follow them
       for (int q = lane; q < repairs; q += 32) {
         const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-        if ((int)k / UNIT_COLS == warp) to[(size_t)(e & 15) * stride + k % UNIT_COLS] = (uint16_t)(e >> 16);
+        if ((int)k / UNIT_COLS == warp) to[(size_t)(e & 15) * stride + k % UNIT_COLS] = repair_value(at, e);
       }
     }
     __syncthreads();

@@ -97,6 +97,33 @@ struct PairRing {  // a simple exchange: all threads copy a round of four stages
 };
 #endif
 
+// Repairs where there is one column of activations. They are sorted by row, so 32 of them are settled by five votes: a
+// lane takes those of its rows g and g + 8, each fourth of them.
+__device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int lane, uint32_t x_column,
+                                                   float (&sums)[2]) {
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    const uint32_t e = lds32(at + 4 * min(first + lane, count - 1)),
+                   others = (__ballot_sync(~0u, e & 1) ^ (lane & 4 ? ~0u : 0)) |
+                            (__ballot_sync(~0u, e & 2) ^ (lane & 8 ? ~0u : 0)) |
+                            (__ballot_sync(~0u, e & 4) ^ (lane & 16 ? ~0u : 0)) |
+                            ~__ballot_sync(~0u, first + lane < count),
+                   bottom = __ballot_sync(~0u, e & 8), mine[2] = {~others & ~bottom, ~others & bottom};
+    int i = lane & 3;
+    const int n[2] = {__popc(mine[0]), __popc(mine[1])}, from[2] = {__ffs(mine[0]) - 1, __ffs(mine[1]) - 1};
+    do {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const uint32_t r = __shfl_sync(~0u, e, from[h] + i);
+        if (i < n[h])
+          sums[h] = fmaf(__uint_as_float(r & 0xFFFF0000u), __uint_as_float(lds16(x_column + (r >> 3 & 0x7FE)) << 16),
+                         sums[h]);
+      }
+      i += 4;
+    } while (__any_sync(~0u, i < n[0] || i < n[1]));
+  }
+}
+
 // Sixteen repairs are one more product: its columns of A hold a weight in the repair's row, B the activations that it
 // meets. The zeros of A must not meet infinities, so B has +-1 in their place, and for NaN: what the main product makes
 // of the weight's stand-in is infinite, or NaN, already.
@@ -136,30 +163,28 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
 // Four units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
 // a row of activations.
 template <int NB>
-__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table_of_lane, int lane,
+__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table, int lane,
                                                const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
-                                               float (&c0)[NB][4], float (&c1)[NB][4]) {
+                                               bool one, float (&c0)[NB][4], float (&c1)[NB][4], float (&extra)[2]) {
   constexpr int U = Pair::GROUP;
-  const uint32_t deltas = stage + units * 4, bytes = stage + pair_header_bytes(units), tail = bytes + units * 2048,
-                 by128 = blockDim.y * 128;
+  const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
+                 repairs = lds32(stage + unit_head(first)) >> 20,
+                 first_repair = tail + (first ? lds32(stage + unit_head(0)) >> 20 : 0) * 4;
   PairStreams<U> streams;
-  uint32_t at[U], x_at[U][NB], repairs = 0, before = 0;
-  if (first)
-#pragma unroll
-    for (int u = 0; u < U; u++) before += lds32(stage + 4 * u) >> 20;
+  uint32_t at[U], x_at[U][NB];
 #pragma unroll
   for (int u = 0; u < U; u++) {
     const bool there =
         first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
     const int unit = there ? first + u : first;
-    const uint32_t head = lds32(stage + 4 * unit);
-    if (there) repairs += head >> 20;
-    at[u] = bytes + unit * 2048 + lane * 16;
+    at[u] = bytes + unit * Pair::UNIT_BYTES + lane * 16;
 #pragma unroll
     for (int nb = 0; nb < NB; nb++)
       x_at[u][nb] = there ? x_row[nb] + column + (first + u) * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
-    streams.start(u, tail, head, lds_s8(deltas + 32 * unit + lane), lane);
+    streams.start(u, stage, tail, units, unit, lane);
   }
+  const uint32_t first_x = column - (lane & 3) * 16;
+  if (NB == 1 && one) add_repairs_to_one(first_repair, repairs, lane, x_row[0] + first_x, extra);
 #pragma unroll 1
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
@@ -169,7 +194,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       uint32_t entry[U][4];
-      streams.next(table_of_lane, by128, entry);
+      streams.next(table, lane * 4, entry);
       if (NB == 1 && h == 0) {
 #pragma unroll
         for (int u = 0; u < U; u++) x[u] = lds128(x_at[u][0] + 64 * j);
@@ -187,10 +212,11 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
       }
     }
   }
+  if (NB == 1 && one) return;
   uint32_t x_column[NB];
 #pragma unroll
-  for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + column - (lane & 3) * 16;
-  add_repairs<NB>(tail + before * 4, repairs, lane, x_column, c1);
+  for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + first_x;
+  add_repairs<NB>(first_repair, repairs, lane, x_column, c1);
 }
 
 template <int NB>
@@ -225,9 +251,7 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
   // Groups of a tile: two a stage, but one in a last stage of at most four units.
   const int last_units = part.shape.units_of(part.stage0 + part.stages - 1),
             groups = 2 * part.stages - (last_units <= Pair::GROUP);
-  float c0[NB][4], c1[NB][4];
-#pragma unroll
-  for (int i = 0; i < NB * 4; i++) c0[i / 4][i % 4] = c1[i / 4][i % 4] = 0;
+  float c0[NB][4] = {}, c1[NB][4] = {}, extra[2] = {};
 
   for (int first_tile = 0; first_tile < part.tiles; first_tile += p.keep) {
     const int kept = min(p.keep, part.tiles - first_tile), n = kept * groups;
@@ -238,8 +262,9 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
 #if __CUDA_ARCH__ >= 900
       ring.wait(k);
 #endif
-      multiply_group<NB>(ring.slot(k), units, first, table + lane * 4, lane, x_row, zeros,
-                         stage * Pair::UNITS * UNIT_COLS * 2, c0, c1);
+      multiply_group<NB>(ring.slot(k), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
+                         columns == 1, c0, c1, extra);
+      const RowShifts shifts(ring.slot(k), lane);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
       if (lane == 0) ring.release(k, units <= Pair::GROUP ? 2 : 1);
@@ -250,12 +275,20 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
       if (tile == was && q + CONSUMERS < n) return;
       // sums[kept][warp][column][row]
       const uint32_t mine = sums + (was * CONSUMERS + warp) * columns * TILE_ROWS * 4;
+      const float scale[2] = {power_of_two(shifts.top), power_of_two(shifts.bottom)};
+      if (NB == 1 && columns == 1) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          extra[h] += __shfl_xor_sync(~0u, extra[h], 1), extra[h] += __shfl_xor_sync(~0u, extra[h], 2);
+          c0[0][2 * h] += extra[h], extra[h] = 0;
+        }
+      }
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int column = 8 * nb + 2 * t + (i & 1);
-          if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, c0[nb][i] + c1[nb][i]);
+          if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, (c0[nb][i] + c1[nb][i]) * scale[i >> 1]);
           c0[nb][i] = c1[nb][i] = 0;
         }
     };
