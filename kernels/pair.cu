@@ -13,9 +13,9 @@
 using namespace taper;
 
 // The level of each row and the most that it may be shifted by (level << 8 | most). Adds levels of rows that may be
-// shifted, and their number, to `mean` if there is one: of the matrix's first row block. Grid: rows / 8.
+// shifted, and their number, to `mean` if `first` (the matrix's first row block). Grid: rows / 8, block 256.
 extern "C" __global__ void __launch_bounds__(256) pair_levels(const uint16_t* dense, int rows, int cols, int stride,
-                                                              uint32_t* levels, unsigned long long* mean) {
+                                                              int first, uint32_t* levels, unsigned long long* mean) {
   const int row = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (row >= rows) return;
   const uint16_t* const from = dense + (size_t)row * stride;
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(256) pair_levels(const uint16_t* de
   const uint32_t level = count ? (uint32_t)((16ull * sum + count / 2) / count) : 0,
                  most = count && least ? min(least - 1, (uint32_t)MOST_SHIFT) : 0;
   levels[row] = level << 8 | most;
-  if (mean && most) atomicAdd(mean, (unsigned long long)level), atomicAdd(mean + 1, 1ull);
+  if (first && most) atomicAdd(mean, (unsigned long long)level), atomicAdd(mean + 1, 1ull);
 }
 
 // The rows' shifts, and to counts[65536] how often shifted exponents e0, e1 of neighbours occur (256 e0 + e1). Any grid.

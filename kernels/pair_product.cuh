@@ -5,9 +5,9 @@
 // stage. It could therefore mistake an old phase of a slot's barrier for the new one: each slot has two barriers for
 // its arrivals, used in turn, and the ring at least five slots.
 //
-// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5 or 6 (5 where 6 do not
-//          fit), in_flight 3, or 2 with programmatic launch; keep = pair_tiles_kept; slot_bytes: the largest stage +
-//          16. sm_80: slots and in_flight as given. slabs, groups, partial, arrived as in product.cuh.
+// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5, in_flight 3, or 2 with
+//          programmatic launch; keep: as many as fit, to PAIR_MOST_KEPT, as all warps wait for one another after so
+//          many tiles; then 6 slots if they fit; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as given. slabs, groups, partial, arrived as in product.cuh.
 #pragma once
 #include "pair.cuh"
 
@@ -20,10 +20,11 @@ struct PairProduct {
 };
 
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
-__host__ __device__ constexpr int pair_tiles_kept(int columns) { return columns <= 1 ? 8 : columns <= 4 ? 2 : 1; }
-__host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes) {
-  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES +
-         sums_bytes(pair_tiles_kept(columns), columns) + columns * activation_stride(slab_width<Pair>(cols, slabs));
+constexpr int PAIR_MOST_KEPT = 8;  // tiles
+__host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes,
+                                                    int keep) {
+  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + sums_bytes(keep, columns) +
+         columns * activation_stride(slab_width<Pair>(cols, slabs));
 }
 
 #if __CUDA_ARCH__ >= 900

@@ -77,22 +77,24 @@ class PairMatrix {
 
   Launch plan(int batch, Type x_type, bool programmatic, bool) const {
     const int columns = batch * (x_type + 1);
-    const auto fits = [&](int slabs, int slots) {
-      return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_) <= device_.shared_limit;
+    const auto fits = [&](int slabs, int slots, int keep) {
+      return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_, keep) <= device_.shared_limit;
     };
     Launch launch;
     Product& p = launch.product();
     p.weights = weights_.get(), p.overflow = table_.get(), launch.args.offsets = offsets_.get();
-    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type, p.keep = pair_tiles_kept(columns);
+    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type;
     launch.args.slot_bytes = slot_bytes_;
     int slabs = 1;
-    while (slabs <= shape_.stages && !fits(slabs, 5)) slabs++;
+    while (slabs <= shape_.stages && !fits(slabs, 5, 1)) slabs++;
     launch.fits = slabs <= shape_.stages;
     if (!launch.fits) return launch;
     while (shape_.tiles * slabs * 2 <= device_.multiprocessors && slabs < shape_.stages) slabs++;
-    p.slots = fits(slabs, 6) ? 6 : 5, p.in_flight = programmatic ? 2 : 3;
+    p.keep = PAIR_MOST_KEPT;
+    while (!fits(slabs, 5, p.keep)) p.keep--;
+    p.slots = fits(slabs, 6, p.keep) ? 6 : 5, p.in_flight = programmatic ? 2 : 3;
     launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = BLOCK;
-    launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_);
+    launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_, p.keep);
     launch.split(device_, slabs, shape_.tiles, columns);
     return launch;
   }
@@ -102,8 +104,8 @@ class PairMatrix {
 
   // The passes of packing, each over `rows` dense rows from row `row` on, of `stages` stages.
   void count(const uint16_t* from, int row, int rows, uint32_t* counts, cudaStream_t stream) const {
-    pair_levels<<<ceil_div(rows, 8), 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, levels_.get(),
-                                                       row == 0 ? mean_.get() : nullptr);
+    pair_levels<<<ceil_div(rows, 8), 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, row == 0,
+                                                       levels_.get(), mean_.get());
     pair_count<<<264, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, levels_.get(), mean_.get(),
                                         shifts_.get() + row, counts);
   }
