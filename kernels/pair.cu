@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256)
     pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint8_t* shifts, const uint16_t* codes,
               int filler, const uint32_t* offsets, uint8_t* weights) {
   __shared__ int lengths[8][32], words[8], repairs[8];
-  __shared__ int places[2][TILE_ROWS * Pair::GROUP * 4];  // repairs of each row, unit and t; then how many are before
+  __shared__ int places[8 * TILE_ROWS * 4];  // repairs of each group, row, unit and t; then how many are before
   __shared__ uint32_t buffer[8][MAX_WORDS];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Shape<Pair> shape(rows, cols);
@@ -137,8 +137,8 @@ extern "C" __global__ void __launch_bounds__(256)
   uint8_t *out = weights + (size_t)offsets[blockIdx.x] * 16, *bytes = out + header;
   uint32_t* const stream = (uint32_t*)(bytes + units * Pair::UNIT_BYTES);
   const LaneWeights mine(dense, shifts, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane);
-  int* const place = places[warp / Pair::GROUP] + (g * Pair::GROUP + warp % Pair::GROUP) * 4 + t;
-  constexpr int LOWER = 8 * Pair::GROUP * 4;  // from row g's place to row g + 8's
+  constexpr int ROW = Pair::GROUP * 4, LOWER = 8 * ROW;  // places of a row, from row g's to row g + 8's
+  int* const place = places + warp / Pair::GROUP * TILE_ROWS * ROW + g * ROW + warp % Pair::GROUP * 4 + t;
   int spacing = 0;
   place[0] = place[LOWER] = 0;
   if (warp < units) {
@@ -179,26 +179,26 @@ extern "C" __global__ void __launch_bounds__(256)
   const int padding = unit_starts(units, units);
   if (tid < header - padding) out[padding + tid] = 0;
   __syncthreads();
-  if (warp < 2) {  // sums up to each place: of eight in a lane, then over lanes
-    int* const eight = places[warp] + 8 * lane;
+  if (warp == 0) {  // sums up to each place: of a lane's sixteen, then over lanes
+    int* const sixteen = places + 16 * lane;
     int sum = 0;
-    for (int i = 0; i < 8; i++) sum += eight[i];
+    for (int i = 0; i < 16; i++) sum += sixteen[i];
     int before = sum;
     for (int s = 1; s < 32; s *= 2) {
       const int up = __shfl_up_sync(~0u, before, s);
       if (lane >= s) before += up;
     }
     before -= sum;
-    for (int i = 0; i < 8; i++) {
-      const int here = eight[i];
-      eight[i] = before, before += here;
+    for (int i = 0; i < 16; i++) {
+      const int here = sixteen[i];
+      sixteen[i] = before, before += here;
     }
   }
   __syncthreads();
-  int all_words = 0, first_word = 0, all_repairs = 0, first_group = 0;
+  int all_words = 0, first_word = 0, all_repairs = 0, first_repair = 0;
   for (int u = 0; u < units; u++) {
     if (u < warp) first_word += words[u];
-    if (u < Pair::GROUP) first_group += repairs[u];
+    if (u < warp / Pair::GROUP * Pair::GROUP) first_repair += repairs[u];
     all_words += words[u], all_repairs += repairs[u];
   }
   first_word += all_repairs;
@@ -206,17 +206,16 @@ extern "C" __global__ void __launch_bounds__(256)
   if (used > MAX_TAIL) return;  // whoever reads pair_scan's totals refuses the matrix
   if (tid < -used % 4 + (used % 4 ? 4 : 0)) stream[used + tid] = 0;
   if (warp >= units) return;
-  const int of_group = warp == 0 ? first_group : warp == Pair::GROUP ? all_repairs - first_group : 0;
-  if (lane == 0) *(uint32_t*)(out + unit_head(warp)) = first_word | (spacing - 1) << 12 | of_group << 20;
+  if (lane == 0) *(uint32_t*)(out + unit_head(warp)) = first_word | (spacing - 1) << 12 | first_repair << 20;
   for (int i = lane; i < words[warp]; i += 32) stream[first_word + i] = buffer[warp][i];
-  const int before = warp < Pair::GROUP ? 0 : first_group;
-  int at[2] = {before + place[0], before + place[LOWER]};
+  int at[2] = {place[0], place[LOWER]};
   uint32_t sm[4] = {0, 0, 0, 0};
   each_pair(mine, codes, filler, [&](int j, int p, uint32_t w0, uint32_t w1, uint32_t, bool repair0, bool repair1) {
     const int h = p & 1;
     // Under a repair lies a value of the weight's sign, below 2^-126 but not zero: zero times infinity would be NaN.
-    const auto byte = [](uint32_t w, bool repaired) { return (w >> 8 & 0x80) | (repaired ? 1 : w & 0x7F); };
-    sm[p / 2] |= byte(w0, repair0) << 8 * h | byte(w1, repair1) << (16 + 8 * h);
+    const auto half = [](uint32_t w, bool repaired) { return (w & 0x8000) | (repaired ? 1 : w & 0x7F); };
+    const uint32_t both = half(w0, repair0) | half(w1, repair1) << 16;
+    sm[p / 2] |= h ? swap_bytes(both) : both;
     const uint32_t place = (warp * UNIT_COLS + 32 * j + 8 * t + (p & ~1)) << 4 | (g + 8 * h);
     if (repair0) stream[at[h]++] = w0 << 16 | place;
     if (repair1) stream[at[h]++] = w1 << 16 | (place + 16);
@@ -271,9 +270,9 @@ extern "C" __global__ void __launch_bounds__(256)
   });
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {
+extern "C" __global__ void __launch_bounds__(PAIR_BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {
   pair_product<1>(p);
 }
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) {
+extern "C" __global__ void __launch_bounds__(PAIR_BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) {
   pair_product<2>(p);
 }

@@ -15,12 +15,13 @@
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
 //           8 bytes          the tile's row shifts, 4 bits each, first row lowest
-//           n x u32          first word | (A - 1) << 12 | repairs << 20 (words of `tail`; A: the bits between lanes;
-//                            repairs of units 0 to 3 stand with unit 0, those of the others with unit 4)
+//           n x u32          first word | (A - 1) << 12 | first repair << 20 (words of `tail`; A: the bits between
+//                            lanes; the first repair of the unit's group)
 //           n x 28 bytes     d of each lane: word i / 5 has it from bit 6 (i % 5) on, signed; padded to 16 bytes
-//           n x 2048 bytes   sign and mantissa as in `fixed`
-//           tail             repairs of units 0 to 3, sorted by row, then of the others: shifted value as bf16 << 16 |
-//                            column in the stage << 4 | row;
+//           n x 2048 bytes   signs and mantissas: word 128 j + 4 lane + i has those of registers 2 i (bits 0 to 6 and
+//                            16 to 22; signs 15 and 31, their place in bf16) and 2 i + 1 (all bits 8 on, cyclic in 16)
+//           tail             repairs, by group of GROUP units and by row: shifted value as bf16 << 16 | column in the
+//                            stage << 4 | row;
 //                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit
 //                            first, 32 pairs: j, then p
 // Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is
@@ -29,16 +30,23 @@
 // A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its
 // stages would not fit a ring anyway.
 //
-// Budget per pair: LOP3 + LDS to look up, SHF to go on, IADD for the bits used, PRMT + LOP3 to join: 6 and 1.5 for
-// windows and refills; 4 instructions a weight. The table is there once for each lane (32 KB), so that look-ups never meet in a
+// Budget per pair: LOP3 + LDS to look up, SHF to go on, IADD for the bits used, LOP3 and half a PRMT to join: 5.5 and 1.5 for
+// windows and refills. The table is there once for each lane (32 KB), so that look-ups never meet in a
 // bank. A look-up chain is long: each warp runs four units at once, 32 chains an SM.
 #pragma once
 #include "sums.cuh"
 
 namespace taper {
 
+#ifndef PAIR_GROUP
+#define PAIR_GROUP 2
+#define PAIR_WARPS 16
+#endif
+#ifndef PAIR_UNROLL
+#define PAIR_UNROLL 1
+#endif
 struct Pair {
-  static constexpr int UNITS = 8, GROUP = 4;            // units that a warp decodes at once
+  static constexpr int UNITS = 8, GROUP = PAIR_GROUP;   // units that a warp decodes at once
   static constexpr int UNIT_BYTES = 2048, TRAILER = 0;  // of Shape only counts are used
 };
 constexpr int TABLE_BYTES = 256 * 128;
@@ -133,6 +141,8 @@ struct PairStreams {
   }
 };
 
+// Of each half.
+__device__ __forceinline__ uint32_t swap_bytes(uint32_t v) { return __byte_perm(v, 0, 0x2301); }
 __device__ __forceinline__ uint32_t join(uint32_t signs_and_mantissas, uint32_t exponents) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(signs_and_mantissas), "r"(exponents), "n"(0x807F807F));
@@ -140,8 +150,8 @@ __device__ __forceinline__ uint32_t join(uint32_t signs_and_mantissas, uint32_t 
 }
 // Registers 4 h .. 4 h + 3 of a vector from half its bytes and four entries.
 __device__ __forceinline__ void join4(uint32_t (&a)[4], uint32_t s0, uint32_t s1, const uint32_t (&entry)[4]) {
-  a[0] = join(__byte_perm(s0, 0, 0x2200), entry[0]), a[1] = join(__byte_perm(s0, 0, 0x3311), entry[1]);
-  a[2] = join(__byte_perm(s1, 0, 0x2200), entry[2]), a[3] = join(__byte_perm(s1, 0, 0x3311), entry[3]);
+  a[0] = join(s0, entry[0]), a[1] = join(swap_bytes(s0), entry[1]);
+  a[2] = join(s1, entry[2]), a[3] = join(swap_bytes(s1), entry[3]);
 }
 
 }  // namespace taper

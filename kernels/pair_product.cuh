@@ -19,11 +19,17 @@ struct PairProduct {
   int slot_bytes, pad;
 };
 
+constexpr int PAIR_CONSUMERS = PAIR_WARPS, PAIR_THREADS = 32 * PAIR_CONSUMERS, PAIR_BLOCK = PAIR_THREADS + 32;
+constexpr int UNROLLED = PAIR_UNROLL;
+constexpr int GROUPS_A_STAGE = Pair::UNITS / Pair::GROUP;
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
+__host__ __device__ constexpr int pair_sums_bytes(int keep, int columns) {
+  return keep * columns * PAIR_CONSUMERS * TILE_ROWS * 4;
+}
 constexpr int PAIR_MOST_KEPT = 8;  // tiles
 __host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes,
                                                     int keep) {
-  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + sums_bytes(keep, columns) +
+  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + pair_sums_bytes(keep, columns) +
          columns * activation_stride(slab_width<Pair>(cols, slabs));
 }
 
@@ -31,23 +37,25 @@ __host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int col
 struct PairRing {
   uint32_t base, full, empty;
   int slots, slot_bytes;
+  int stage = 0, place = 0, round = 0;  // the block's stage that a consumer is at, its slot and how often that was full
   __device__ PairRing(const PairProduct& p, uint32_t base_, uint32_t bars)
       : base(base_), full(bars), empty(bars + 16 * PAIR_MAX_SLOTS), slots(p.p.slots), slot_bytes(p.slot_bytes) {}
   __device__ void init(int tid) {
     if (tid == 0) {
       for (int s = 0; s < slots; s++)
-        mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, 2);
+        mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, GROUPS_A_STAGE);
       mbarrier_init_fence();
     }
   }
-  // Stage k of the block: slot k % slots, barrier k / slots % 2 of the slot, parity k / slots / 2 % 2.
-  __device__ uint32_t slot(int k) const { return base + k % slots * slot_bytes; }
-  __device__ void wait(int k) const {
-    const int round = k / slots;
-    mbarrier_wait(full + 16 * (k - round * slots) + 8 * (round & 1), round >> 1 & 1);
+  // To stage k of the block: slot k % slots, barrier k / slots % 2 of the slot, parity k / slots / 2 % 2.
+  __device__ void advance(int k) {
+    place += k - stage, stage = k;
+    while (place >= slots) place -= slots, round++;
   }
-  __device__ void release(int k, int times) const {
-    for (int i = 0; i < times; i++) mbarrier_arrive(empty + 8 * (k % slots));
+  __device__ uint32_t slot() const { return base + place * slot_bytes; }
+  __device__ void wait() const { mbarrier_wait(full + 16 * place + 8 * (round & 1), round >> 1 & 1); }
+  __device__ void release(int times) const {
+    for (int i = 0; i < times; i++) mbarrier_arrive(empty + 8 * place);
   }
   // The whole producer warp: its lanes fetch 32 offsets at a time, before they are needed.
   __device__ void produce(const PairProduct& pp, const Part<Pair>& part, int lane) {
@@ -61,16 +69,18 @@ struct PairRing {
     };
     const uint64_t policy = evict_first_policy();
     uint2 now = offset(lane), later = offset(32 + lane);
+    PairRing landed = *this;
     for (int k = 0; k < total; k++) {
       if (k && k % 32 == 0) now = later, later = offset(k + 32 + lane);
       const uint32_t from = __shfl_sync(~0u, now.x, k & 31), to = __shfl_sync(~0u, now.y, k & 31);
+      advance(k);
+      if (k >= p.in_flight) landed.advance(k - p.in_flight);
       if (lane == 0) {
-        if (k >= p.in_flight) wait(k - p.in_flight);
-        const int round = k / slots, s = k - round * slots;
-        if (round) mbarrier_wait(empty + 8 * s, (round & 1) ^ 1);
-        const uint32_t bar = full + 16 * s + 8 * (round & 1), bytes = (to - from) * 16;
+        if (k >= p.in_flight) landed.wait();
+        if (round) mbarrier_wait(empty + 8 * place, (round & 1) ^ 1);
+        const uint32_t bar = full + 16 * place + 8 * (round & 1), bytes = (to - from) * 16;
         mbarrier_expect(bar, bytes);
-        bulk_copy(slot(k), p.weights + (size_t)from * 16, bytes, bar, policy);
+        bulk_copy(slot(), p.weights + (size_t)from * 16, bytes, bar, policy);
       }
       __syncwarp();
     }
@@ -80,18 +90,19 @@ struct PairRing {
 #else
 struct PairRing {  // a simple exchange: all threads copy a round of four stages, then decode it
   uint32_t base;
-  int slot_bytes;
+  int slot_bytes, stage = 0;
   __device__ PairRing(const PairProduct& p, uint32_t base_, uint32_t) : base(base_), slot_bytes(p.slot_bytes) {}
   __device__ void init(int) {}
   __device__ void produce(const PairProduct&, const Part<Pair>&, int) {}
-  __device__ uint32_t slot(int k) const { return base + k % 4 * slot_bytes; }
+  __device__ void advance(int k) { stage = k; }
+  __device__ uint32_t slot() const { return base + stage % 4 * slot_bytes; }
   __device__ void load(const PairProduct& pp, const Part<Pair>& part, int first, int last, int tid) {
     for (int k = first; k < last; k++) {
       const uint32_t* at =
           pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
       const uint32_t from = __ldg(at), n = __ldg(at + 1) - from;
-      for (uint32_t i = tid; i < n; i += CONSUMER_THREADS)
-        async_copy16(slot(k) + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
+      for (uint32_t i = tid; i < n; i += PAIR_THREADS)
+        async_copy16(base + k % 4 * slot_bytes + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
     }
     async_commit(), async_wait<0>();
   }
@@ -161,7 +172,7 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
   }
 }
 
-// Four units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
+// A group of units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
 // a row of activations.
 template <int NB>
 __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table, int lane,
@@ -169,8 +180,10 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
                                                bool one, float (&c0)[NB][4], float (&c1)[NB][4], float (&extra)[2]) {
   constexpr int U = Pair::GROUP;
   const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
-                 repairs = lds32(stage + unit_head(first)) >> 20,
-                 first_repair = tail + (first ? lds32(stage + unit_head(0)) >> 20 : 0) * 4;
+                 first_repair = lds32(stage + unit_head(first)) >> 20,
+                 next = lds32(stage + unit_head(first + U < units ? first + U : 0)),
+                 repairs = (first + U < units ? next >> 20 : next & 4095) - first_repair,
+                 repairs_at = tail + 4 * first_repair;
   PairStreams<U> streams;
   uint32_t at[U], x_at[U][NB];
 #pragma unroll
@@ -185,8 +198,8 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
     streams.start(u, stage, tail, units, unit, lane);
   }
   const uint32_t first_x = column - (lane & 3) * 16;
-  if (NB == 1 && one) add_repairs_to_one(first_repair, repairs, lane, x_row[0] + first_x, extra);
-#pragma unroll 1
+  if (NB == 1 && one) add_repairs_to_one(repairs_at, repairs, lane, x_row[0] + first_x, extra);
+#pragma unroll UNROLLED
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
 #pragma unroll
@@ -217,7 +230,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
   uint32_t x_column[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + first_x;
-  add_repairs<NB>(first_repair, repairs, lane, x_column, c1);
+  add_repairs<NB>(repairs_at, repairs, lane, x_column, c1);
 }
 
 template <int NB>
@@ -230,52 +243,53 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
             stride = activation_stride(slab_width<Pair>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
   const uint32_t table = shared_address(memory), ring_at = table + TABLE_BYTES,
                  bars = ring_at + p.slots * pp.slot_bytes;
-  const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + sums_bytes(p.keep, columns);
+  const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + pair_sums_bytes(p.keep, columns);
   PairRing ring(pp, ring_at, bars);
-  ring.init(tid - CONSUMER_THREADS);
+  ring.init(tid - PAIR_THREADS);
   __syncthreads();
-  if (warp == CONSUMERS) return ring.produce(pp, part, lane);
-  const Table<CONSUMER_THREADS> entries(p.overflow, tid);
+  if (warp == PAIR_CONSUMERS) return ring.produce(pp, part, lane);
+  const Table<PAIR_THREADS> entries(p.overflow, tid);
   if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
   let_next_kernel_start();
   wait_for_previous_kernel();
-  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
+  load_activations<PAIR_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
                                      part.width(), tid);
   async_commit();
   entries.store(table, tid);  // while the activations are on their way
   async_wait<0>();
-  bar_sync<1, CONSUMER_THREADS>();
+  bar_sync<1, PAIR_THREADS>();
 
   uint32_t x_row[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
-  // Groups of a tile: two a stage, but one in a last stage of at most four units.
+  // Groups of a tile: a last stage may have fewer than the others.
   const int last_units = part.shape.units_of(part.stage0 + part.stages - 1),
-            groups = 2 * part.stages - (last_units <= Pair::GROUP);
+            groups = GROUPS_A_STAGE * (part.stages - 1) + ceil_div(last_units, Pair::GROUP);
   float c0[NB][4] = {}, c1[NB][4] = {}, extra[2] = {};
 
   for (int first_tile = 0; first_tile < part.tiles; first_tile += p.keep) {
     const int kept = min(p.keep, part.tiles - first_tile), n = kept * groups;
     int tile = warp / groups, in = warp - tile * groups;
     const auto work = [&](int q) {
-      const int stage = in / 2, k = (first_tile + tile) * part.stages + stage,
-                units = part.shape.units_of(part.stage0 + stage), first = in % 2 * Pair::GROUP;
+      const int stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
+                units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
+      ring.advance(k);
 #if __CUDA_ARCH__ >= 900
-      ring.wait(k);
+      ring.wait();
 #endif
-      multiply_group<NB>(ring.slot(k), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
+      multiply_group<NB>(ring.slot(), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
                          columns == 1, c0, c1, extra);
-      const RowShifts shifts(ring.slot(k), lane);
+      const RowShifts shifts(ring.slot(), lane);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
-      if (lane == 0) ring.release(k, units <= Pair::GROUP ? 2 : 1);
+      if (lane == 0) ring.release(first == 0 ? 1 + GROUPS_A_STAGE - ceil_div(units, Pair::GROUP) : 1);
 #endif
-      in += CONSUMERS;
+      in += PAIR_CONSUMERS;
       const int was = tile;
       while (in >= groups) in -= groups, tile++;
-      if (tile == was && q + CONSUMERS < n) return;
+      if (tile == was && q + PAIR_CONSUMERS < n) return;
       // sums[kept][warp][column][row]
-      const uint32_t mine = sums + (was * CONSUMERS + warp) * columns * TILE_ROWS * 4;
+      const uint32_t mine = sums + (was * PAIR_CONSUMERS + warp) * columns * TILE_ROWS * 4;
       const float scale[2] = {power_of_two(shifts.top), power_of_two(shifts.bottom)};
       if (NB == 1 && columns == 1) {
 #pragma unroll
@@ -294,37 +308,36 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
         }
     };
 #if __CUDA_ARCH__ >= 900
-    for (int q = warp; q < n; q += CONSUMERS) work(q);
+    for (int q = warp; q < n; q += PAIR_CONSUMERS) work(q);
 #else
-    // Rounds of eight groups lie in at most four whole stages and parts of a fifth's neighbours: stages of a round are
-    // loaded together.
-    for (int q0 = 0; q0 < n; q0 += CONSUMERS) {
-      const auto stage_of = [&](int q) { return (first_tile + q / groups) * part.stages + q % groups / 2; };
-      for (int first = q0, end = min(q0 + CONSUMERS, n); first < end;) {
+    // A round of groups lies in few stages; at most four of them are loaded together.
+    for (int q0 = 0; q0 < n; q0 += PAIR_CONSUMERS) {
+      const auto stage_of = [&](int q) { return (first_tile + q / groups) * part.stages + q % groups / GROUPS_A_STAGE; };
+      for (int first = q0, end = min(q0 + PAIR_CONSUMERS, n); first < end;) {
         int last = first;
         while (last < end && stage_of(last) - stage_of(first) < 4) last++;
         ring.load(pp, part, stage_of(first), stage_of(last - 1) + 1, tid);
-        bar_sync<1, CONSUMER_THREADS>();
+        bar_sync<1, PAIR_THREADS>();
         if (q0 + warp >= first && q0 + warp < last) work(q0 + warp);
-        bar_sync<1, CONSUMER_THREADS>();
+        bar_sync<1, PAIR_THREADS>();
         first = last;
       }
     }
 #endif
-    bar_sync<1, CONSUMER_THREADS>();
-    for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
+    bar_sync<1, PAIR_THREADS>();
+    for (int i = tid; i < kept * p.batch * TILE_ROWS; i += PAIR_THREADS) {
       const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
       float sum = 0;
       for (int s = 0; s < parts; s++)
-        for (int w = 0; w < min(groups, CONSUMERS); w++)  // the warps that had a group of this tile
+        for (int w = 0; w < min(groups, PAIR_CONSUMERS); w++)  // the warps that had a group of this tile
           sum += lds_float(
               sums +
-              (((k * CONSUMERS + (k * groups + w) % CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
+              (((k * PAIR_CONSUMERS + (k * groups + w) % PAIR_CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
       hand_on(p, padded_rows, part.slab, (part.tile0 + first_tile + k) * TILE_ROWS + row, m, sum);
     }
-    if (first_tile + p.keep < part.tiles) bar_sync<1, CONSUMER_THREADS>();
+    if (first_tile + p.keep < part.tiles) bar_sync<1, PAIR_THREADS>();
   }
-  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+  add_slabs<PAIR_THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
 }
 
 }  // namespace taper

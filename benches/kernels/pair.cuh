@@ -92,8 +92,10 @@ class PairMatrix {
     while (shape_.tiles * slabs * 2 <= device_.multiprocessors && slabs < shape_.stages) slabs++;
     p.keep = PAIR_MOST_KEPT;
     while (!fits(slabs, 5, p.keep)) p.keep--;
-    p.slots = fits(slabs, 6, p.keep) ? 6 : 5, p.in_flight = programmatic ? 2 : 3;
-    launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = BLOCK;
+    p.slots = 5;
+    while (p.slots < PAIR_MAX_SLOTS && fits(slabs, p.slots + 1, p.keep)) p.slots++;
+    p.in_flight = programmatic ? 2 : 3;
+    launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = PAIR_BLOCK;
     launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_, p.keep);
     launch.split(device_, slabs, shape_.tiles, columns);
     return launch;
