@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256)
     pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint8_t* shifts, const uint16_t* codes,
               int filler, const uint32_t* offsets, uint8_t* weights) {
   __shared__ int lengths[8][32], words[8], repairs[8];
-  __shared__ int places[8 * TILE_ROWS * 4];  // repairs of each group, row, unit and t; then how many are before
+  __shared__ int places[TILE_ROWS * 8 * 4];  // repairs of each row, unit and t; then how many are before
   __shared__ uint32_t buffer[8][MAX_WORDS];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Shape<Pair> shape(rows, cols);
@@ -137,8 +137,9 @@ extern "C" __global__ void __launch_bounds__(256)
   uint8_t *out = weights + (size_t)offsets[blockIdx.x] * 16, *bytes = out + header;
   uint32_t* const stream = (uint32_t*)(bytes + units * Pair::UNIT_BYTES);
   const LaneWeights mine(dense, shifts, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane);
-  constexpr int ROW = Pair::GROUP * 4, LOWER = 8 * ROW;  // places of a row, from row g's to row g + 8's
-  int* const place = places + warp / Pair::GROUP * TILE_ROWS * ROW + g * ROW + warp % Pair::GROUP * 4 + t;
+  uint32_t* const head = (uint32_t*)(out + STAGE_HEAD + UNIT_HEAD * warp);
+  int* const place = places + (g * 8 + warp) * 4 + t;
+  constexpr int LOWER = 8 * 8 * 4;  // from row g's place to row g + 8's
   int spacing = 0;
   place[0] = place[LOWER] = 0;
   if (warp < units) {
@@ -160,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(256)
       const int from = lane * LANES_A_WORD + i, other = __shfl_sync(~0u, d, from & 31);
       if (from < 32) five |= (uint32_t)(other & ((1 << START_BITS) - 1)) << START_BITS * i;
     }
-    if (lane < START_BYTES / 4) ((uint32_t*)(out + unit_starts(units, warp)))[lane] = five;
+    if (lane < UNIT_HEAD / 4 - 1) head[1 + lane] = five;
 #pragma unroll
     for (int i = 0; i < PAIR_BITS / 32; i++) {
       const int at = start + 32 * i;
@@ -176,8 +177,6 @@ extern "C" __global__ void __launch_bounds__(256)
                    bottom = __reduce_or_sync(~0u, (uint32_t)mine.shifts[1] << 4 * g);
     if (lane == 0) ((uint32_t*)out)[0] = top, ((uint32_t*)out)[1] = bottom;
   }
-  const int padding = unit_starts(units, units);
-  if (tid < header - padding) out[padding + tid] = 0;
   __syncthreads();
   if (warp == 0) {  // sums up to each place: of a lane's sixteen, then over lanes
     int* const sixteen = places + 16 * lane;
@@ -195,10 +194,9 @@ extern "C" __global__ void __launch_bounds__(256)
     }
   }
   __syncthreads();
-  int all_words = 0, first_word = 0, all_repairs = 0, first_repair = 0;
+  int all_words = 0, first_word = 0, all_repairs = 0;
   for (int u = 0; u < units; u++) {
     if (u < warp) first_word += words[u];
-    if (u < warp / Pair::GROUP * Pair::GROUP) first_repair += repairs[u];
     all_words += words[u], all_repairs += repairs[u];
   }
   first_word += all_repairs;
@@ -206,7 +204,8 @@ extern "C" __global__ void __launch_bounds__(256)
   if (used > MAX_TAIL) return;  // whoever reads pair_scan's totals refuses the matrix
   if (tid < -used % 4 + (used % 4 ? 4 : 0)) stream[used + tid] = 0;
   if (warp >= units) return;
-  if (lane == 0) *(uint32_t*)(out + unit_head(warp)) = first_word | (spacing - 1) << 12 | first_repair << 20;
+  if (lane == 0) head[0] = first_word | (spacing - 1) << 24;
+  if (tid == 0) ((uint32_t*)out)[2] = all_repairs, ((uint32_t*)out)[3] = 0;
   for (int i = lane; i < words[warp]; i += 32) stream[first_word + i] = buffer[warp][i];
   int at[2] = {place[0], place[LOWER]};
   uint32_t sm[4] = {0, 0, 0, 0};

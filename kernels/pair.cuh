@@ -14,14 +14,13 @@
 // of 0 are left alone. Products multiply a row's sum by its power, decoders add it to the exponents.
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
-//           8 bytes          the tile's row shifts, 4 bits each, first row lowest
-//           n x u32          first word | (A - 1) << 12 | first repair << 20 (words of `tail`; A: the bits between
-//                            lanes; the first repair of the unit's group)
-//           n x 28 bytes     d of each lane: word i / 5 has it from bit 6 (i % 5) on, signed; padded to 16 bytes
+//           2 x u32          the tile's row shifts, 4 bits each, first row lowest
+//           2 x u32          number of repairs, 0
+//           n x 32 bytes     first word of `tail` | (A - 1) << 24, A: the bits between lanes; then d of each lane, 6 bits,
+//                            signed: five lanes a word, lowest first
 //           n x 2048 bytes   signs and mantissas: word 128 j + 4 lane + i has those of registers 2 i (bits 0 to 6 and
 //                            16 to 22; signs 15 and 31, their place in bf16) and 2 i + 1 (all bits 8 on, cyclic in 16)
-//           tail             repairs, by group of GROUP units and by row: shifted value as bf16 << 16 | column in the
-//                            stage << 4 | row;
+//           tail             repairs, sorted by row: shifted value as bf16 << 16 | column in the stage << 4 | row;
 //                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit
 //                            first, 32 pairs: j, then p
 // Stages are padded to 16 bytes; stage i of the matrix (tile by tile) is at 16 * offsets[i], offsets[tiles * stages] is
@@ -53,15 +52,9 @@ constexpr int TABLE_BYTES = 256 * 128;
 constexpr int MOST_SHIFT = 15;                                    // of a row
 constexpr int PAIR_BITS = 256, MAX_WORDS = 265, MAX_TAIL = 4095;  // bits of a lane, words of a unit, of a tail at most
 
-constexpr int SHIFT_BYTES = 8, LANES_A_WORD = 5, START_BITS = 6, START_BYTES = 28;
-__host__ __device__ constexpr int pair_header_bytes(int units) {
-  return (SHIFT_BYTES + units * (4 + START_BYTES) + 15) / 16 * 16;
-}
-// Where unit `unit` of a stage has its word, and its lanes' d.
-__host__ __device__ constexpr int unit_head(int unit) { return SHIFT_BYTES + 4 * unit; }
-__host__ __device__ constexpr int unit_starts(int units, int unit) {
-  return SHIFT_BYTES + 4 * units + START_BYTES * unit;
-}
+constexpr int STAGE_HEAD = 16, UNIT_HEAD = 32, LANES_A_WORD = 5, START_BITS = 6;
+__host__ __device__ constexpr int pair_header_bytes(int units) { return STAGE_HEAD + units * UNIT_HEAD; }
+__device__ __forceinline__ uint32_t pair_repairs(uint32_t stage) { return lds32(stage + 8); }
 
 // Shifts of the rows that a lane has.
 struct RowShifts {
@@ -100,13 +93,13 @@ struct Table {
 template <int U>
 struct PairStreams {
   uint32_t bit[U], at[U], w0[U], w1[U], w2[U];
-  __device__ __forceinline__ void start(int u, uint32_t stage, uint32_t tail, int units, int unit, int lane) {
-    const uint32_t head = lds32(stage + unit_head(unit)),
-                   starts = lds32(stage + unit_starts(units, unit) + lane / LANES_A_WORD * 4);
+  // `head`: the unit's, `tail`: the stage's.
+  __device__ __forceinline__ void start(int u, uint32_t head, uint32_t tail, int lane) {
+    const uint32_t word = lds32(head), starts = lds32(head + 4 + lane / LANES_A_WORD * 4);
     const int d = (int)(starts << (32 - START_BITS - lane % LANES_A_WORD * START_BITS)) >> (32 - START_BITS),
-              first = (int)((head >> 12 & 255) + 1) * lane + 2 * d - 7;
+              first = (int)(word >> 24) * lane + (2 * d + (lane - 7));
     bit[u] = first;
-    at[u] = tail + (head & 4095) * 4 + (first >> 5) * 4;
+    at[u] = tail + (word & 0xFFFF) * 4 + (first >> 5) * 4;
     w0[u] = lds32(at[u]), w1[u] = lds32(at[u] + 4), w2[u] = lds32(at[u] + 8);
   }
   // Four codes of every unit, at most 32 bits. Shifts are by the low 5 bits of an entry: the length.

@@ -18,7 +18,7 @@ struct PairStage {
     const uint32_t bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
     const RowShifts shifts(at, lane);
     PairStreams<1> stream;
-    stream.start(0, at, tail, units, warp, lane);
+    stream.start(0, at + STAGE_HEAD + UNIT_HEAD * warp, tail, lane);
 #pragma unroll 1
     for (int j = 0; j < 4; j++) {
       const uint4 s = lds128(bytes + 512 * j + 16 * lane);
@@ -38,7 +38,7 @@ struct PairStage {
   template <class Put>
   __device__ __forceinline__ void repair(int warp, int lane, Put put) const {
     __syncwarp();
-    const int repairs = lds32(at + unit_head(0)) & 4095;  // of the stage: unit 0's words follow them
+    const int repairs = pair_repairs(at);
     for (int q = lane; q < repairs; q += 32) {
       const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
       if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, repair_value(at, e));
@@ -130,7 +130,7 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
       const uint32_t at = slots + slot * slot_bytes, tail = at + now.header();
       const RowShifts shifts(at, lane);
       PairStreams<1> stream;
-      stream.start(0, at, tail, now.units, warp, lane);
+      stream.start(0, at + STAGE_HEAD + UNIT_HEAD * warp, tail, lane);
       const int unit = now.number * Pair::UNITS + warp, rows_left = rows - now.tile * TILE_ROWS - g,
                 cols_left = cols - unit * UNIT_COLS - 8 * t;  // from the lane's first weight on
       uint16_t* const to = out + (size_t)(now.tile - tile0) * TILE_ROWS * stride + unit * UNIT_COLS;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
         }
       }
       __syncwarp();
-      const int repairs = lds32(at + unit_head(0)) & 4095;  // of the stage: unit 0's words follow them
+      const int repairs = pair_repairs(at);
       for (int q = lane; q < repairs; q += 32) {
         const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
         if ((int)k / UNIT_COLS == warp) to[(size_t)(e & 15) * stride + k % UNIT_COLS] = repair_value(at, e);

@@ -109,18 +109,26 @@ struct PairRing {  // a simple exchange: all threads copy a round of four stages
 };
 #endif
 
+// The lanes whose v has the bit.
+template <uint32_t BIT>
+__device__ __forceinline__ uint32_t ballot(uint32_t v) {
+  uint32_t lanes;
+  asm volatile("{.reg .pred p; .reg .b32 b; and.b32 b, %1, %2; setp.ne.u32 p, b, 0; vote.sync.ballot.b32 %0, p, -1;}"
+               : "=r"(lanes)
+               : "r"(v), "n"(BIT));
+  return lanes;
+}
+
 // Repairs where there is one column of activations. They are sorted by row, so 32 of them are settled by five votes: a
 // lane takes those of its rows g and g + 8, each fourth of them.
 __device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int lane, uint32_t x_column,
                                                    float (&sums)[2]) {
+  const uint32_t row0 = -(lane >> 2 & 1), row1 = -(lane >> 3 & 1), row2 = -(lane >> 4 & 1);
 #pragma unroll 1
   for (int first = 0; first < count; first += 32) {
-    const uint32_t e = lds32(at + 4 * min(first + lane, count - 1)),
-                   others = (__ballot_sync(~0u, e & 1) ^ (lane & 4 ? ~0u : 0)) |
-                            (__ballot_sync(~0u, e & 2) ^ (lane & 8 ? ~0u : 0)) |
-                            (__ballot_sync(~0u, e & 4) ^ (lane & 16 ? ~0u : 0)) |
-                            ~__ballot_sync(~0u, first + lane < count),
-                   bottom = __ballot_sync(~0u, e & 8), mine[2] = {~others & ~bottom, ~others & bottom};
+    const uint32_t e = lds32(at + 4 * min(first + lane, count - 1)), others = (ballot<1>(e) ^ row0) |
+                            (ballot<2>(e) ^ row1) | (ballot<4>(e) ^ row2) | ~__ballot_sync(~0u, first + lane < count),
+                   bottom = ballot<8>(e), mine[2] = {~others & ~bottom, ~others & bottom};
     int i = lane & 3;
     const int n[2] = {__popc(mine[0]), __popc(mine[1])}, from[2] = {__ffs(mine[0]) - 1, __ffs(mine[1]) - 1};
     do {
@@ -177,28 +185,26 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
 template <int NB>
 __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table, int lane,
                                                const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
-                                               bool one, float (&c0)[NB][4], float (&c1)[NB][4], float (&extra)[2]) {
+                                               bool one, bool with_repairs, float (&c0)[NB][4], float (&c1)[NB][4], float (&extra)[2]) {
   constexpr int U = Pair::GROUP;
   const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
-                 first_repair = lds32(stage + unit_head(first)) >> 20,
-                 next = lds32(stage + unit_head(first + U < units ? first + U : 0)),
-                 repairs = (first + U < units ? next >> 20 : next & 4095) - first_repair,
-                 repairs_at = tail + 4 * first_repair;
+                 head = stage + STAGE_HEAD + UNIT_HEAD * first, at_lane = bytes + first * Pair::UNIT_BYTES + lane * 16,
+                 repairs = with_repairs ? pair_repairs(stage) : 0;
   PairStreams<U> streams;
   uint32_t at[U], x_at[U][NB];
 #pragma unroll
   for (int u = 0; u < U; u++) {
-    const bool there =
-        first + u < units;  // else: the first again, times zero (finite weights: exponent 255 is not in the table)
-    const int unit = there ? first + u : first;
-    at[u] = bytes + unit * Pair::UNIT_BYTES + lane * 16;
+    // A unit that is not there: the first again, times zero (finite weights: exponent 255 is not in the table).
+    const bool there = u == 0 || first + u < units;
+    const int unit = there ? u : 0;
+    at[u] = at_lane + unit * Pair::UNIT_BYTES;
 #pragma unroll
     for (int nb = 0; nb < NB; nb++)
       x_at[u][nb] = there ? x_row[nb] + column + (first + u) * UNIT_COLS * 2 : zeros + (lane & 3) * 16;
-    streams.start(u, stage, tail, units, unit, lane);
+    streams.start(u, head + unit * UNIT_HEAD, tail, lane);
   }
   const uint32_t first_x = column - (lane & 3) * 16;
-  if (NB == 1 && one) add_repairs_to_one(repairs_at, repairs, lane, x_row[0] + first_x, extra);
+  if (NB == 1 && one) add_repairs_to_one(tail, repairs, lane, x_row[0] + first_x, extra);
 #pragma unroll UNROLLED
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
@@ -230,7 +236,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
   uint32_t x_column[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + first_x;
-  add_repairs<NB>(repairs_at, repairs, lane, x_column, c1);
+  add_repairs<NB>(tail, repairs, lane, x_column, c1);
 }
 
 template <int NB>
@@ -273,12 +279,15 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
     const auto work = [&](int q) {
       const int stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
                 units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
+      // One of a stage's groups does all its repairs, in each tile another.
+      int repairer = (first_tile + tile + stage) % GROUPS_A_STAGE;
+      if (repairer * Pair::GROUP >= units) repairer = 0;
       ring.advance(k);
 #if __CUDA_ARCH__ >= 900
       ring.wait();
 #endif
       multiply_group<NB>(ring.slot(), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
-                         columns == 1, c0, c1, extra);
+                         columns == 1, in % GROUPS_A_STAGE == repairer, c0, c1, extra);
       const RowShifts shifts(ring.slot(), lane);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
