@@ -54,9 +54,7 @@ struct PairRing {
   }
   __device__ uint32_t slot() const { return base + place * slot_bytes; }
   __device__ void wait() const { mbarrier_wait(full + 16 * place + 8 * (round & 1), round >> 1 & 1); }
-  __device__ void release(int times) const {
-    for (int i = 0; i < times; i++) mbarrier_arrive(empty + 8 * place);
-  }
+  __device__ void release(int times) const { mbarrier_arrive(empty + 8 * place, times); }
   // The whole producer warp: its lanes fetch 32 offsets at a time, before they are needed.
   __device__ void produce(const PairProduct& pp, const Part<Pair>& part, int lane) {
     const Product& p = pp.p;
@@ -122,7 +120,8 @@ __device__ __forceinline__ uint32_t ballot(uint32_t v) {
 // Repairs where there is one column of activations. They are sorted by row, so 32 of them are settled by five votes: a
 // lane takes those of its rows g and g + 8, each fourth of them.
 __device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int lane, uint32_t x_column,
-                                                   float (&sums)[2]) {
+                                                   float (&c)[4]) {
+  float sums[2] = {};
   const uint32_t row0 = -(lane >> 2 & 1), row1 = -(lane >> 3 & 1), row2 = -(lane >> 4 & 1);
 #pragma unroll 1
   for (int first = 0; first < count; first += 32) {
@@ -141,6 +140,11 @@ __device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int l
       }
       i += 4;
     } while (__any_sync(~0u, i < n[0] || i < n[1]));
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    sums[h] += __shfl_xor_sync(~0u, sums[h], 1), sums[h] += __shfl_xor_sync(~0u, sums[h], 2);
+    c[2 * h] += sums[h];
   }
 }
 
@@ -185,7 +189,7 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
 template <int NB>
 __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table, int lane,
                                                const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
-                                               bool one, bool with_repairs, float (&c0)[NB][4], float (&c1)[NB][4], float (&extra)[2]) {
+                                               bool one, bool with_repairs, float (&c0)[NB][4], float (&c1)[NB][4]) {
   constexpr int U = Pair::GROUP;
   const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
                  head = stage + STAGE_HEAD + UNIT_HEAD * first, at_lane = bytes + first * Pair::UNIT_BYTES + lane * 16,
@@ -204,7 +208,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
     streams.start(u, head + unit * UNIT_HEAD, tail, lane);
   }
   const uint32_t first_x = column - (lane & 3) * 16;
-  if (NB == 1 && one) add_repairs_to_one(tail, repairs, lane, x_row[0] + first_x, extra);
+  if (NB == 1 && one && repairs) add_repairs_to_one(tail, repairs, lane, x_row[0] + first_x, c1[0]);
 #pragma unroll UNROLLED
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
@@ -268,51 +272,45 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
   uint32_t x_row[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_row[nb] = xs + min(8 * nb + g, columns - 1) * stride + t * 16;
+  const uint32_t my_sums = sums + ((warp * columns + 2 * t) * TILE_ROWS + g) * 4;
   // Groups of a tile: a last stage may have fewer than the others.
   const int last_units = part.shape.units_of(part.stage0 + part.stages - 1),
             groups = GROUPS_A_STAGE * (part.stages - 1) + ceil_div(last_units, Pair::GROUP);
-  float c0[NB][4] = {}, c1[NB][4] = {}, extra[2] = {};
+  float c0[NB][4] = {}, c1[NB][4] = {};
 
   for (int first_tile = 0; first_tile < part.tiles; first_tile += p.keep) {
     const int kept = min(p.keep, part.tiles - first_tile), n = kept * groups;
-    int tile = warp / groups, in = warp - tile * groups;
+    uint32_t tile = (uint32_t)warp / groups, in = warp - tile * groups;
     const auto work = [&](int q) {
-      const int stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
+      const uint32_t stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
                 units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
       // One of a stage's groups does all its repairs, in each tile another.
-      int repairer = (first_tile + tile + stage) % GROUPS_A_STAGE;
-      if (repairer * Pair::GROUP >= units) repairer = 0;
+      uint32_t repairer = (first_tile + tile + stage) % GROUPS_A_STAGE;
+      if ((int)repairer * Pair::GROUP >= units) repairer = 0;
       ring.advance(k);
 #if __CUDA_ARCH__ >= 900
       ring.wait();
 #endif
       multiply_group<NB>(ring.slot(), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
-                         columns == 1, in % GROUPS_A_STAGE == repairer, c0, c1, extra);
+                         columns == 1, in % GROUPS_A_STAGE == repairer, c0, c1);
       const RowShifts shifts(ring.slot(), lane);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
       if (lane == 0) ring.release(first == 0 ? 1 + GROUPS_A_STAGE - ceil_div(units, Pair::GROUP) : 1);
 #endif
       in += PAIR_CONSUMERS;
-      const int was = tile;
-      while (in >= groups) in -= groups, tile++;
+      const uint32_t was = tile;
+      while ((int)in >= groups) in -= groups, tile++;
       if (tile == was && q + PAIR_CONSUMERS < n) return;
       // sums[kept][warp][column][row]
-      const uint32_t mine = sums + (was * PAIR_CONSUMERS + warp) * columns * TILE_ROWS * 4;
+      const uint32_t mine = my_sums + was * PAIR_CONSUMERS * columns * TILE_ROWS * 4;
       const float scale[2] = {power_of_two(shifts.top), power_of_two(shifts.bottom)};
-      if (NB == 1 && columns == 1) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          extra[h] += __shfl_xor_sync(~0u, extra[h], 1), extra[h] += __shfl_xor_sync(~0u, extra[h], 2);
-          c0[0][2 * h] += extra[h], extra[h] = 0;
-        }
-      }
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int column = 8 * nb + 2 * t + (i & 1);
-          if (column < columns) sts_float(mine + (column * TILE_ROWS + g + 8 * (i >> 1)) * 4, (c0[nb][i] + c1[nb][i]) * scale[i >> 1]);
+          if (column < columns) sts_float(mine + ((8 * nb + (i & 1)) * TILE_ROWS + 8 * (i >> 1)) * 4, (c0[nb][i] + c1[nb][i]) * scale[i >> 1]);
           c0[nb][i] = c1[nb][i] = 0;
         }
     };
