@@ -26,15 +26,15 @@ extern "C" __global__ void __launch_bounds__(256) pair_levels(const uint16_t* de
     const uint32_t w[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const uint32_t e = w[i / 2] >> (i & 1 ? 23 : 7) & 255;
-      if (k + i >= cols || e == 255) continue;
+      const uint32_t weight = w[i / 2] >> 16 * (i & 1) & 0x7FFF, e = weight >> 7;
+      if (k + i >= cols || e == 255 || weight == 0) continue;
       sum += e, count++, least = min(least, e);
     }
   }
   sum = __reduce_add_sync(~0u, sum), count = __reduce_add_sync(~0u, count), least = __reduce_min_sync(~0u, least);
   if (lane) return;
   const uint32_t level = count ? (uint32_t)((16ull * sum + count / 2) / count) : 0,
-                 most = count && least ? min(least - 1, (uint32_t)MOST_SHIFT) : 0;
+                 most = count ? min(least / 2, (uint32_t)MOST_SHIFT) : 0;
   levels[row] = level << 8 | most;
   if (first && most) atomicAdd(mean, (unsigned long long)level), atomicAdd(mean + 1, 1ull);
 }

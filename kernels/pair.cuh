@@ -10,8 +10,9 @@
 // repair.
 //
 // Rows differ in scale, and one code serves the whole matrix: each row is first divided by a power of two, 0 to 15, that
-// brings it near the others. Exponents from 1 to 254 are lowered by it, and stay at 1 or above; so rows with an exponent
-// of 0 are left alone. Products multiply a row's sum by its power, decoders add it to the exponents.
+// brings it near the others. Exponents from 1 to 254 are lowered by it, to no less than it; zeros stay what they are, and
+// rows with other weights below 2^-126 are left alone. Products multiply a row's sum by its power, decoders add it to the
+// exponents.
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
 //           2 x u32          the tile's row shifts, 4 bits each, first row lowest
@@ -65,8 +66,10 @@ struct RowShifts {
   }
 };
 __device__ __forceinline__ float power_of_two(uint32_t n) { return __uint_as_float((127 + n) << 23); }
-// Exponents of two weights back to what they were.
-__device__ __forceinline__ uint32_t shift_back(uint32_t two, uint32_t shift) { return two + shift * 0x00800080u; }
+// An entry's exponents back to what they were: zero stays zero, all others are `shift` at least.
+__device__ __forceinline__ uint32_t shift_back(uint32_t entry, uint32_t shift) {
+  return entry + __vminu2(entry, shift * 0x00800080u);
+}
 // The same for a repair's value, which is not shifted if it is not finite.
 __device__ __forceinline__ uint16_t repair_value(uint32_t stage, uint32_t repair) {
   const uint32_t value = repair >> 16, shift = lds32(stage + (repair >> 1 & 4)) >> 4 * (repair & 7) & 15;
@@ -140,6 +143,10 @@ __device__ __forceinline__ uint32_t join(uint32_t signs_and_mantissas, uint32_t 
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(signs_and_mantissas), "r"(exponents), "n"(0x807F807F));
   return d;
+}
+__device__ __forceinline__ void shift_back4(uint32_t (&entry)[4], const RowShifts& shifts) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) entry[p] = shift_back(entry[p], p & 1 ? shifts.bottom : shifts.top);
 }
 // Registers 4 h .. 4 h + 3 of a vector from half its bytes and four entries.
 __device__ __forceinline__ void join4(uint32_t (&a)[4], uint32_t s0, uint32_t s1, const uint32_t (&entry)[4]) {

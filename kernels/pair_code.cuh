@@ -34,7 +34,7 @@ struct LaneWeights {
   }
 };
 __device__ __forceinline__ uint32_t shifted(uint32_t weight, int shift) {
-  return (weight & 0x7F80) == 0x7F80 ? weight : weight - (shift << 7);
+  return (weight & 0x7F80) == 0x7F80 || (weight & 0x7F80) == 0 ? weight : weight - (shift << 7);
 }
 
 // Calls see(j, p, first weight, second weight, code, repair first, repair second): the pairs of a lane, shifted. Padding

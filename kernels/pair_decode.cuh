@@ -27,9 +27,10 @@ struct PairStage {
       stream.next(table_at, lane * 4, entry[1]);
 #pragma unroll
       for (int h = 0; h < 2; h++) {
+        shift_back4(entry[h][0], shifts);
         join4(half, h ? s.z : s.x, h ? s.w : s.y, entry[h][0]);
 #pragma unroll
-        for (int p = 0; p < 4; p++) a[4 * h + p] = shift_back(half[p], p & 1 ? shifts.bottom : shifts.top);
+        for (int p = 0; p < 4; p++) a[4 * h + p] = half[p];
       }
       put(j, a);
     }
@@ -141,13 +142,9 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
         uint32_t entry[2][1][4], a[4], b[4];
         stream.next(table_at, lane * 4, entry[0]);
         stream.next(table_at, lane * 4, entry[1]);
+        shift_back4(entry[0][0], shifts), shift_back4(entry[1][0], shifts);
         join4(a, mine[j].x, mine[j].y, entry[0][0]);
         join4(b, mine[j].z, mine[j].w, entry[1][0]);
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-          const uint32_t shift = p & 1 ? shifts.bottom : shifts.top;
-          a[p] = shift_back(a[p], shift), b[p] = shift_back(b[p], shift);
-        }
         const uint4 v = make_uint4(a[0], a[2], b[0], b[2]), w = make_uint4(a[1], a[3], b[1], b[3]);
         if (!WHOLE) {
           if (rows_left > 0) store_some(place + 32 * j, v, cols_left - 32 * j);

@@ -20,7 +20,7 @@ struct PairProduct {
 };
 
 constexpr int PAIR_CONSUMERS = PAIR_WARPS, PAIR_THREADS = 32 * PAIR_CONSUMERS, PAIR_BLOCK = PAIR_THREADS + 32;
-constexpr int UNROLLED = PAIR_UNROLL;
+constexpr int UNROLLED = PAIR_UNROLL, SHARED_REPAIRS = 64;
 constexpr int GROUPS_A_STAGE = Pair::UNITS / Pair::GROUP;
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
 __host__ __device__ constexpr int pair_sums_bytes(int keep, int columns) {
@@ -187,13 +187,21 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
 // A group of units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
 // a row of activations.
 template <int NB>
-__device__ __forceinline__ void multiply_group(uint32_t stage, int units, int first, uint32_t table, int lane,
+__device__ __forceinline__ void multiply_group(uint32_t stage, uint32_t units, uint32_t first, uint32_t table, int lane,
                                                const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
-                                               bool one, bool with_repairs, float (&c0)[NB][4], float (&c1)[NB][4]) {
+                                               bool one, uint32_t turn, float (&c0)[NB][4], float (&c1)[NB][4]) {
   constexpr int U = Pair::GROUP;
   const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
                  head = stage + STAGE_HEAD + UNIT_HEAD * first, at_lane = bytes + first * Pair::UNIT_BYTES + lane * 16,
-                 repairs = with_repairs ? pair_repairs(stage) : 0;
+                 all_repairs = pair_repairs(stage);
+  // One of a stage's groups does all its repairs, in each tile another; if they are many they share them.
+  const uint32_t share = first / U, sole = turn % GROUPS_A_STAGE * U < units ? turn % GROUPS_A_STAGE : 0;
+  uint32_t repairs = share == sole ? all_repairs : 0, repairs_at = tail;
+  if (all_repairs > SHARED_REPAIRS) {
+    const uint32_t from = all_repairs * share / GROUPS_A_STAGE,
+                   end = first + U < units ? all_repairs * (share + 1) / GROUPS_A_STAGE : all_repairs;
+    repairs_at += 4 * from, repairs = end - from;
+  }
   PairStreams<U> streams;
   uint32_t at[U], x_at[U][NB];
 #pragma unroll
@@ -208,7 +216,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
     streams.start(u, head + unit * UNIT_HEAD, tail, lane);
   }
   const uint32_t first_x = column - (lane & 3) * 16;
-  if (NB == 1 && one && repairs) add_repairs_to_one(tail, repairs, lane, x_row[0] + first_x, c1[0]);
+  if (NB == 1 && one && repairs) add_repairs_to_one(repairs_at, repairs, lane, x_row[0] + first_x, c1[0]);
 #pragma unroll UNROLLED
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
@@ -240,7 +248,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, int units, int fi
   uint32_t x_column[NB];
 #pragma unroll
   for (int nb = 0; nb < NB; nb++) x_column[nb] = x_row[nb] + first_x;
-  add_repairs<NB>(tail, repairs, lane, x_column, c1);
+  add_repairs<NB>(repairs_at, repairs, lane, x_column, c1);
 }
 
 template <int NB>
@@ -284,15 +292,12 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
     const auto work = [&](int q) {
       const uint32_t stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
                 units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
-      // One of a stage's groups does all its repairs, in each tile another.
-      uint32_t repairer = (first_tile + tile + stage) % GROUPS_A_STAGE;
-      if ((int)repairer * Pair::GROUP >= units) repairer = 0;
       ring.advance(k);
 #if __CUDA_ARCH__ >= 900
       ring.wait();
 #endif
       multiply_group<NB>(ring.slot(), units, first, table, lane, x_row, zeros, stage * Pair::UNITS * UNIT_COLS * 2,
-                         columns == 1, in % GROUPS_A_STAGE == repairer, c0, c1);
+                         columns == 1, first_tile + tile + stage, c0, c1);
       const RowShifts shifts(ring.slot(), lane);
 #if __CUDA_ARCH__ >= 900
       __syncwarp();
