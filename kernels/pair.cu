@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(256) pair_levels(const uint16_t* de
   if (first && most) atomicAdd(mean, (unsigned long long)level), atomicAdd(mean + 1, 1ull);
 }
 
-// The rows' shifts, and to counts[65536] how often shifted exponents e0, e1 of neighbours occur (256 e0 + e1). Any grid.
+// The rows' shifts, and to counts[65536] how often shifted exponents e0, e1 of neighbours occur (256 e0 + e1). Any
+// grid.
 constexpr int COUNT_FROM = 72, COUNT_WIDTH = 64;  // the exponents that weights have: counted in shared memory
 extern "C" __global__ void __launch_bounds__(256)
     pair_count(const uint16_t* dense, int rows, int cols, int stride, const uint32_t* levels,
@@ -53,7 +54,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const int shift = shift_of(levels[row], mean);
     if (threadIdx.x == 0) shifts[row] = (uint8_t)shift;
     for (int i = threadIdx.x; i < pairs; i += 256) {
-      const int e0 = shifted(at[2 * i], shift) >> 7 & 255, e1 = shifted(at[2 * i + 1], shift) >> 7 & 255, n0 = e0 - COUNT_FROM, n1 = e1 - COUNT_FROM;
+      const int e0 = shifted(at[2 * i], shift) >> 7 & 255, e1 = shifted(at[2 * i + 1], shift) >> 7 & 255,
+                n0 = e0 - COUNT_FROM, n1 = e1 - COUNT_FROM;
       if ((n0 | n1) >= 0 && n0 < COUNT_WIDTH && n1 < COUNT_WIDTH)
         atomicAdd(near + n0 * COUNT_WIDTH + n1, 1u);
       else
@@ -258,20 +260,21 @@ extern "C" __global__ void __launch_bounds__(256)
   __syncthreads();
   if (warp >= units) return;
   const PairStage stage(at, units);
-  stage.decode(table_at, warp, lane, [&](int j, const uint32_t(&a)[8]) {
+  stage.decode(table_at, warp, lane, [&](int j, const uint32_t (&a)[8]) {
     const int k = left + warp * UNIT_COLS + 32 * j + t * 8;
 #pragma unroll
     for (int e = 0; e < 8; e++)
-      if (k + e < cols && g == (row & 7)) line[k + e] = (uint16_t)((row & 8 ? a[2 * (e / 2) + 1] : a[2 * (e / 2)]) >> 16 * (e & 1));
+      if (k + e < cols && g == (row & 7))
+        line[k + e] = (uint16_t)((row & 8 ? a[2 * (e / 2) + 1] : a[2 * (e / 2)]) >> 16 * (e & 1));
   });
   stage.repair(warp, lane, [&](int r, int k, uint16_t value) {
     if (r == row) line[left + k] = value;
   });
 }
 
-extern "C" __global__ void __launch_bounds__(PAIR_BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_8(const __grid_constant__ PairProduct p) {
   pair_product<1>(p);
 }
-extern "C" __global__ void __launch_bounds__(PAIR_BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) pair_product_16(const __grid_constant__ PairProduct p) {
   pair_product<2>(p);
 }

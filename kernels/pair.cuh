@@ -9,15 +9,16 @@
 // is simply weight times activation, exact also for infinities. Exponent 255 is never in the table, exponent 0 needs no
 // repair.
 //
-// Rows differ in scale, and one code serves the whole matrix: each row is first divided by a power of two, 0 to 15, that
-// brings it near the others. Exponents from 1 to 254 are lowered by it, to no less than it; zeros stay what they are, and
-// rows with other weights below 2^-126 are left alone. Products multiply a row's sum by its power, decoders add it to the
-// exponents.
+// Rows differ in scale, and one code serves the whole matrix: each row is first divided by a power of two, 0 to 15,
+// that brings it near the others. Exponents from 1 to 254 are lowered by it, to no less than it; zeros stay what they
+// are, and rows with other weights below 2^-126 are left alone. Products multiply a row's sum by its power, decoders
+// add it to the exponents.
 //
 //   stage   n <= 8 units of one tile (unit.cuh)
 //           2 x u32          the tile's row shifts, 4 bits each, first row lowest
 //           2 x u32          number of repairs, 0
-//           n x 32 bytes     first word of `tail` | (A - 1) << 24, A: the bits between lanes; then d of each lane, 6 bits,
+//           n x 32 bytes     first word of `tail` | (A - 1) << 24, A: the bits between lanes; then d of each lane, 6
+//           bits,
 //                            signed: five lanes a word, lowest first
 //           n x 2048 bytes   signs and mantissas: word 128 j + 4 lane + i has those of registers 2 i (bits 0 to 6 and
 //                            16 to 22; signs 15 and 31, their place in bf16) and 2 i + 1 (all bits 8 on, cyclic in 16)
@@ -30,23 +31,16 @@
 // A tail of more than 4095 words cannot be: such a matrix (most of its weights repairs) needs another layout, and its
 // stages would not fit a ring anyway.
 //
-// Budget per pair: LOP3 + LDS to look up, SHF to go on, IADD for the bits used, LOP3 and half a PRMT to join: 5.5 and 1.5 for
-// windows and refills. The table is there once for each lane (32 KB), so that look-ups never meet in a
+// Budget per pair: LOP3 + LDS to look up, SHF to go on, IADD for the bits used, LOP3 and half a PRMT to join: 5.5
+// and 1.5 for windows and refills. The table is there once for each lane (32 KB), so that look-ups never meet in a
 // bank. A look-up chain is long: each warp runs four units at once, 32 chains an SM.
 #pragma once
 #include "sums.cuh"
 
 namespace taper {
 
-#ifndef PAIR_GROUP
-#define PAIR_GROUP 2
-#define PAIR_WARPS 16
-#endif
-#ifndef PAIR_UNROLL
-#define PAIR_UNROLL 1
-#endif
 struct Pair {
-  static constexpr int UNITS = 8, GROUP = PAIR_GROUP;   // units that a warp decodes at once
+  static constexpr int UNITS = 8, GROUP = 4;            // units that a warp decodes at once
   static constexpr int UNIT_BYTES = 2048, TRAILER = 0;  // of Shape only counts are used
 };
 constexpr int TABLE_BYTES = 256 * 128;
@@ -126,7 +120,16 @@ struct PairStreams {
       const uint32_t before = bit[u];
       bit[u] = bit[u] + entry[u][0] + entry[u][1];
       bit[u] = bit[u] + entry[u][2] + entry[u][3];
-      // In PTX: the compiler loads to another register and moves the word from there.
+      if (U == 1) {
+        if ((bit[u] ^ before) & 32) {
+          w0[u] = w1[u], w1[u] = w2[u];
+          w2[u] = lds32(at[u] + 12);
+          at[u] += 4;
+        }
+        continue;
+      }
+      // In PTX: from the above the compiler makes a load to another register and a move from there. (For decoders,
+      // short of registers, it does better.)
       asm volatile(
           "{.reg .pred p; .reg .b32 c; and.b32 c, %4, 32; setp.ne.u32 p, c, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; "
           "@p ld.shared.u32 %2, [%3 + 12]; @p add.u32 %3, %3, 4;}"

@@ -37,8 +37,8 @@ __device__ __forceinline__ uint32_t shifted(uint32_t weight, int shift) {
   return (weight & 0x7F80) == 0x7F80 || (weight & 0x7F80) == 0 ? weight : weight - (shift << 7);
 }
 
-// Calls see(j, p, first weight, second weight, code, repair first, repair second): the pairs of a lane, shifted. Padding
-// takes the exponents of its partner, or the filler's code.
+// Calls see(j, p, first weight, second weight, code, repair first, repair second): the pairs of a lane, shifted.
+// Padding takes the exponents of its partner, or the filler's code.
 template <class See>
 __device__ __forceinline__ void each_pair(const LaneWeights& lane, const uint16_t* codes, int filler, See see) {
   for (int j = 0; j < 4; j++) {
@@ -95,7 +95,9 @@ struct LaneStarts {
     uint32_t best = 0xFFFFFFFF;
     for (int round = 0; round < 3; round++) {
       // Near the mean; if no lane's spacing works there, above it, then all over the range: 256 always does.
-      const int low = max(0, total / 32 - 12), a = round == 0 ? low + lane : round == 1 ? low + 32 + 3 * lane : 8 * lane + 8;
+      const int low = max(0, total / 32 - 12), a = round == 0   ? low + lane
+                                                   : round == 1 ? low + 32 + 3 * lane
+                                                                : 8 * lane + 8;
       int end = 0;
       bool possible = a <= PAIR_BITS;
       for (int i = 0; i < 32; i++) {

@@ -57,22 +57,20 @@ __device__ __forceinline__ void copy_stage(uint32_t at, const uint8_t* weights, 
 
 // A stage on its way: header and tail go to shared memory, signs and mantissas to registers.
 struct PairAhead {
-  int tile, number, units;
   uint32_t first, end;  // 16-byte pieces of the matrix
-  __device__ __forceinline__ PairAhead(const uint32_t* offsets, const Shape<Pair>& shape, int tile0, int i)
-      : tile(tile0 + i / shape.stages), number(i % shape.stages), units(shape.units_of(number)) {
-    const uint32_t* const at = offsets + (size_t)tile * shape.stages + number;
-    first = __ldg(at), end = __ldg(at + 1);
-  }
-  __device__ __forceinline__ int header() const { return pair_header_bytes(units); }
-  __device__ __forceinline__ void fetch(const uint8_t* weights, uint32_t slot, int tid, uint64_t policy) const {
-    const int before = header() / 16, between = units * (Pair::UNIT_BYTES / 16), pieces = end - first - between;
+  __device__ __forceinline__ explicit PairAhead(const uint32_t* offset)
+      : first(__ldg(offset)), end(__ldg(offset + 1)) {}
+  __device__ __forceinline__ void fetch(const uint8_t* weights, int units, uint32_t slot, int tid,
+                                        uint64_t policy) const {
+    const int before = pair_header_bytes(units) / 16, between = units * (Pair::UNIT_BYTES / 16),
+              pieces = end - first - between;
     const uint8_t* const from = weights + (size_t)first * 16;
     for (int q = tid; q < pieces; q += 256)
       async_copy16(slot + 16 * q, from + (q < before ? q : q + between) * 16, policy);
   }
-  __device__ __forceinline__ uint4 bytes(const uint8_t* weights, int warp, int j, int lane, uint64_t policy) const {
-    const uint8_t* const from = weights + (size_t)first * 16 + header() + warp * Pair::UNIT_BYTES;
+  __device__ __forceinline__ uint4 bytes(const uint8_t* weights, int units, int warp, int j, int lane,
+                                         uint64_t policy) const {
+    const uint8_t* const from = weights + (size_t)first * 16 + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
     return warp < units ? ldg_stream128(from + 512 * j + 16 * lane, policy) : make_uint4(0, 0, 0, 0);
   }
 };
@@ -108,33 +106,37 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
   let_next_kernel_start();
   int i = blockIdx.x;
   if (i >= stages) return;
-  const auto look = [&](int i) { return PairAhead(offsets, shape, tile0, min(i, stages - 1)); };
-  const auto fetch = [&](const PairAhead& stage, int slot, uint4(&bytes)[4]) {
-    stage.fetch(weights, slots + slot * slot_bytes, tid, policy);
+  const uint32_t* const first_offset = offsets + (size_t)tile0 * shape.stages;
+  const auto look = [&](int i) { return PairAhead(first_offset + min(i, stages - 1)); };
+  const auto fetch = [&](const PairAhead& stage, int i, int slot, uint4(&bytes)[4]) {
+    const int units = shape.units_of((uint32_t)i % (uint32_t)shape.stages);
+    stage.fetch(weights, units, slots + slot * slot_bytes, tid, policy);
     async_commit();
 #pragma unroll
-    for (int j = 0; j < 4; j++) bytes[j] = stage.bytes(weights, warp, j, lane, policy);
+    for (int j = 0; j < 4; j++) bytes[j] = stage.bytes(weights, units, warp, j, lane, policy);
   };
   uint4 bytes[2][4];
-  PairAhead now = look(i), next = look(i + step);
-  fetch(now, 0, bytes[0]);
+  PairAhead next = look(i + step);
+  fetch(look(i), i, 0, bytes[0]);
   Table<256>(table, tid).store(table_at, tid);
   wait_for_previous_kernel();  // which may still be reading what `out` held
   const auto decode = [&](int slot, const uint4(&mine)[4], uint4(&others)[4]) {
     const PairAhead after = look(i + 2 * step);
     if (i + step < stages)
-      fetch(next, slot ^ 1, others), async_wait<1>();
+      fetch(next, i + step, slot ^ 1, others), async_wait<1>();
     else
       async_wait<0>();
     __syncthreads();
-    if (warp < now.units) {
-      const uint32_t at = slots + slot * slot_bytes, tail = at + now.header();
+    const int row = (uint32_t)i / (uint32_t)shape.stages, number = i - row * shape.stages,
+              units = shape.units_of(number);
+    if (warp < units) {
+      const uint32_t at = slots + slot * slot_bytes, tail = at + pair_header_bytes(units);
       const RowShifts shifts(at, lane);
       PairStreams<1> stream;
       stream.start(0, at + STAGE_HEAD + UNIT_HEAD * warp, tail, lane);
-      const int unit = now.number * Pair::UNITS + warp, rows_left = rows - now.tile * TILE_ROWS - g,
+      const int unit = number * Pair::UNITS + warp, rows_left = rows - (tile0 + row) * TILE_ROWS - g,
                 cols_left = cols - unit * UNIT_COLS - 8 * t;  // from the lane's first weight on
-      uint16_t* const to = out + (size_t)(now.tile - tile0) * TILE_ROWS * stride + unit * UNIT_COLS;
+      uint16_t* const to = out + (size_t)row * TILE_ROWS * stride + unit * UNIT_COLS;
       uint16_t* const place = to + (size_t)g * stride + 8 * t;
       uint4 top, bottom;  // eights of rows g and g + 8
 #pragma unroll
@@ -164,7 +166,7 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
       }
     }
     __syncthreads();
-    now = next, next = after, i += step;
+    next = after, i += step;
   };
   while (true) {
     decode(0, bytes[0], bytes[1]);

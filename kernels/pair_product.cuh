@@ -7,7 +7,8 @@
 //
 // Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5, in_flight 3, or 2 with
 //          programmatic launch; keep: as many as fit, to PAIR_MOST_KEPT, as all warps wait for one another after so
-//          many tiles; then 6 slots if they fit; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as given. slabs, groups, partial, arrived as in product.cuh.
+//          many tiles; then 6 slots if they fit; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as
+//          given. slabs, groups, partial, arrived as in product.cuh.
 #pragma once
 #include "pair.cuh"
 
@@ -19,17 +20,13 @@ struct PairProduct {
   int slot_bytes, pad;
 };
 
-constexpr int PAIR_CONSUMERS = PAIR_WARPS, PAIR_THREADS = 32 * PAIR_CONSUMERS, PAIR_BLOCK = PAIR_THREADS + 32;
-constexpr int UNROLLED = PAIR_UNROLL, SHARED_REPAIRS = 64;
+constexpr int SHARED_REPAIRS = 64;
 constexpr int GROUPS_A_STAGE = Pair::UNITS / Pair::GROUP;
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
-__host__ __device__ constexpr int pair_sums_bytes(int keep, int columns) {
-  return keep * columns * PAIR_CONSUMERS * TILE_ROWS * 4;
-}
 constexpr int PAIR_MOST_KEPT = 8;  // tiles
 __host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes,
                                                     int keep) {
-  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + pair_sums_bytes(keep, columns) +
+  return TABLE_BYTES + slots * slot_bytes + PAIR_BARRIER_BYTES + ZERO_BYTES + sums_bytes(keep, columns) +
          columns * activation_stride(slab_width<Pair>(cols, slabs));
 }
 
@@ -43,7 +40,8 @@ struct PairRing {
   __device__ void init(int tid) {
     if (tid == 0) {
       for (int s = 0; s < slots; s++)
-        mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1), mbarrier_init(empty + 8 * s, GROUPS_A_STAGE);
+        mbarrier_init(full + 16 * s, 1), mbarrier_init(full + 16 * s + 8, 1),
+            mbarrier_init(empty + 8 * s, GROUPS_A_STAGE);
       mbarrier_init_fence();
     }
   }
@@ -99,7 +97,7 @@ struct PairRing {  // a simple exchange: all threads copy a round of four stages
       const uint32_t* at =
           pp.offsets + (size_t)(part.tile0 + k / part.stages) * part.shape.stages + part.stage0 + k % part.stages;
       const uint32_t from = __ldg(at), n = __ldg(at + 1) - from;
-      for (uint32_t i = tid; i < n; i += PAIR_THREADS)
+      for (uint32_t i = tid; i < n; i += CONSUMER_THREADS)
         async_copy16(base + k % 4 * slot_bytes + 16 * i, pp.p.weights + ((size_t)from + i) * 16);
     }
     async_commit(), async_wait<0>();
@@ -119,14 +117,14 @@ __device__ __forceinline__ uint32_t ballot(uint32_t v) {
 
 // Repairs where there is one column of activations. They are sorted by row, so 32 of them are settled by five votes: a
 // lane takes those of its rows g and g + 8, each fourth of them.
-__device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int lane, uint32_t x_column,
-                                                   float (&c)[4]) {
+__device__ __forceinline__ void add_repairs_to_one(uint32_t at, int count, int lane, uint32_t x_column, float (&c)[4]) {
   float sums[2] = {};
   const uint32_t row0 = -(lane >> 2 & 1), row1 = -(lane >> 3 & 1), row2 = -(lane >> 4 & 1);
 #pragma unroll 1
   for (int first = 0; first < count; first += 32) {
-    const uint32_t e = lds32(at + 4 * min(first + lane, count - 1)), others = (ballot<1>(e) ^ row0) |
-                            (ballot<2>(e) ^ row1) | (ballot<4>(e) ^ row2) | ~__ballot_sync(~0u, first + lane < count),
+    const uint32_t e = lds32(at + 4 * min(first + lane, count - 1)),
+                   others = (ballot<1>(e) ^ row0) | (ballot<2>(e) ^ row1) | (ballot<4>(e) ^ row2) |
+                            ~__ballot_sync(~0u, first + lane < count),
                    bottom = ballot<8>(e), mine[2] = {~others & ~bottom, ~others & bottom};
     int i = lane & 3;
     const int n[2] = {__popc(mine[0]), __popc(mine[1])}, from[2] = {__ffs(mine[0]) - 1, __ffs(mine[1]) - 1};
@@ -184,12 +182,12 @@ __device__ __forceinline__ void add_repairs(uint32_t at, int count, int lane, co
   }
 }
 
-// A group of units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first column in
-// a row of activations.
+// A group of units of a stage (fewer at its end) times their activations. `column` is the byte of the stage's first
+// column in a row of activations.
 template <int NB>
 __device__ __forceinline__ void multiply_group(uint32_t stage, uint32_t units, uint32_t first, uint32_t table, int lane,
-                                               const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column,
-                                               bool one, uint32_t turn, float (&c0)[NB][4], float (&c1)[NB][4]) {
+                                               const uint32_t (&x_row)[NB], uint32_t zeros, uint32_t column, bool one,
+                                               uint32_t turn, float (&c0)[NB][4], float (&c1)[NB][4]) {
   constexpr int U = Pair::GROUP;
   const uint32_t bytes = stage + pair_header_bytes(units), tail = bytes + units * Pair::UNIT_BYTES,
                  head = stage + STAGE_HEAD + UNIT_HEAD * first, at_lane = bytes + first * Pair::UNIT_BYTES + lane * 16,
@@ -217,7 +215,7 @@ __device__ __forceinline__ void multiply_group(uint32_t stage, uint32_t units, u
   }
   const uint32_t first_x = column - (lane & 3) * 16;
   if (NB == 1 && one && repairs) add_repairs_to_one(repairs_at, repairs, lane, x_row[0] + first_x, c1[0]);
-#pragma unroll UNROLLED
+#pragma unroll
   for (int j = 0; j < 4; j++) {
     uint4 s[U];
 #pragma unroll
@@ -261,21 +259,21 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
             stride = activation_stride(slab_width<Pair>(p.cols, p.slabs)), padded_rows = part.shape.tiles * TILE_ROWS;
   const uint32_t table = shared_address(memory), ring_at = table + TABLE_BYTES,
                  bars = ring_at + p.slots * pp.slot_bytes;
-  const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + pair_sums_bytes(p.keep, columns);
+  const uint32_t zeros = bars + PAIR_BARRIER_BYTES, sums = zeros + ZERO_BYTES, xs = sums + sums_bytes(p.keep, columns);
   PairRing ring(pp, ring_at, bars);
-  ring.init(tid - PAIR_THREADS);
+  ring.init(tid - CONSUMER_THREADS);
   __syncthreads();
-  if (warp == PAIR_CONSUMERS) return ring.produce(pp, part, lane);
-  const Table<PAIR_THREADS> entries(p.overflow, tid);
+  if (warp == CONSUMERS) return ring.produce(pp, part, lane);
+  const Table<CONSUMER_THREADS> entries(p.overflow, tid);
   if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
   let_next_kernel_start();
   wait_for_previous_kernel();
-  load_activations<PAIR_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
+  load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
                                      part.width(), tid);
   async_commit();
   entries.store(table, tid);  // while the activations are on their way
   async_wait<0>();
-  bar_sync<1, PAIR_THREADS>();
+  bar_sync<1, CONSUMER_THREADS>();
 
   uint32_t x_row[NB];
 #pragma unroll
@@ -291,7 +289,7 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
     uint32_t tile = (uint32_t)warp / groups, in = warp - tile * groups;
     const auto work = [&](int q) {
       const uint32_t stage = in / GROUPS_A_STAGE, k = (first_tile + tile) * part.stages + stage,
-                units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
+                     units = part.shape.units_of(part.stage0 + stage), first = in % GROUPS_A_STAGE * Pair::GROUP;
       ring.advance(k);
 #if __CUDA_ARCH__ >= 900
       ring.wait();
@@ -303,53 +301,57 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
       __syncwarp();
       if (lane == 0) ring.release(first == 0 ? 1 + GROUPS_A_STAGE - ceil_div(units, Pair::GROUP) : 1);
 #endif
-      in += PAIR_CONSUMERS;
+      in += CONSUMERS;
       const uint32_t was = tile;
       while ((int)in >= groups) in -= groups, tile++;
-      if (tile == was && q + PAIR_CONSUMERS < n) return;
+      if (tile == was && q + CONSUMERS < n) return;
       // sums[kept][warp][column][row]
-      const uint32_t mine = my_sums + was * PAIR_CONSUMERS * columns * TILE_ROWS * 4;
+      const uint32_t mine = my_sums + was * CONSUMERS * columns * TILE_ROWS * 4;
       const float scale[2] = {power_of_two(shifts.top), power_of_two(shifts.bottom)};
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int column = 8 * nb + 2 * t + (i & 1);
-          if (column < columns) sts_float(mine + ((8 * nb + (i & 1)) * TILE_ROWS + 8 * (i >> 1)) * 4, (c0[nb][i] + c1[nb][i]) * scale[i >> 1]);
+          if (column < columns)
+            sts_float(mine + ((8 * nb + (i & 1)) * TILE_ROWS + 8 * (i >> 1)) * 4,
+                      (c0[nb][i] + c1[nb][i]) * scale[i >> 1]);
           c0[nb][i] = c1[nb][i] = 0;
         }
     };
 #if __CUDA_ARCH__ >= 900
-    for (int q = warp; q < n; q += PAIR_CONSUMERS) work(q);
+    for (int q = warp; q < n; q += CONSUMERS) work(q);
 #else
     // A round of groups lies in few stages; at most four of them are loaded together.
-    for (int q0 = 0; q0 < n; q0 += PAIR_CONSUMERS) {
-      const auto stage_of = [&](int q) { return (first_tile + q / groups) * part.stages + q % groups / GROUPS_A_STAGE; };
-      for (int first = q0, end = min(q0 + PAIR_CONSUMERS, n); first < end;) {
+    for (int q0 = 0; q0 < n; q0 += CONSUMERS) {
+      const auto stage_of = [&](int q) {
+        return (first_tile + q / groups) * part.stages + q % groups / GROUPS_A_STAGE;
+      };
+      for (int first = q0, end = min(q0 + CONSUMERS, n); first < end;) {
         int last = first;
         while (last < end && stage_of(last) - stage_of(first) < 4) last++;
         ring.load(pp, part, stage_of(first), stage_of(last - 1) + 1, tid);
-        bar_sync<1, PAIR_THREADS>();
+        bar_sync<1, CONSUMER_THREADS>();
         if (q0 + warp >= first && q0 + warp < last) work(q0 + warp);
-        bar_sync<1, PAIR_THREADS>();
+        bar_sync<1, CONSUMER_THREADS>();
         first = last;
       }
     }
 #endif
-    bar_sync<1, PAIR_THREADS>();
-    for (int i = tid; i < kept * p.batch * TILE_ROWS; i += PAIR_THREADS) {
+    bar_sync<1, CONSUMER_THREADS>();
+    for (int i = tid; i < kept * p.batch * TILE_ROWS; i += CONSUMER_THREADS) {
       const int row = i & (TILE_ROWS - 1), m = i / TILE_ROWS % p.batch, k = i / TILE_ROWS / p.batch;
       float sum = 0;
       for (int s = 0; s < parts; s++)
-        for (int w = 0; w < min(groups, PAIR_CONSUMERS); w++)  // the warps that had a group of this tile
+        for (int w = 0; w < min(groups, CONSUMERS); w++)  // the warps that had a group of this tile
           sum += lds_float(
               sums +
-              (((k * PAIR_CONSUMERS + (k * groups + w) % PAIR_CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
+              (((k * CONSUMERS + (k * groups + w) % CONSUMERS) * columns + m * parts + s) * TILE_ROWS + row) * 4);
       hand_on(p, padded_rows, part.slab, (part.tile0 + first_tile + k) * TILE_ROWS + row, m, sum);
     }
-    if (first_tile + p.keep < part.tiles) bar_sync<1, PAIR_THREADS>();
+    if (first_tile + p.keep < part.tiles) bar_sync<1, CONSUMER_THREADS>();
   }
-  add_slabs<PAIR_THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
 }
 
 }  // namespace taper

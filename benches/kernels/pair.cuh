@@ -27,7 +27,8 @@ class PairMatrix {
       : device_(device), dense_(dense), shape_(dense.rows, dense.cols) {
     const size_t stages = (size_t)shape_.tiles * shape_.stages;
     offsets_ = Buffer<uint32_t>(stages + 1);
-    shifts_ = Buffer<uint8_t>(dense.rows), levels_ = Buffer<uint32_t>(dense.rows), mean_ = Buffer<unsigned long long>(2);
+    shifts_ = Buffer<uint8_t>(dense.rows), levels_ = Buffer<uint32_t>(dense.rows),
+    mean_ = Buffer<unsigned long long>(2);
     make_code(block_rows);
     const Buffer<uint32_t> sizes(stages), totals(3);
     totals.fill(0, 3);
@@ -95,7 +96,7 @@ class PairMatrix {
     p.slots = 5;
     while (p.slots < PAIR_MAX_SLOTS && fits(slabs, p.slots + 1, p.keep)) p.slots++;
     p.in_flight = programmatic ? 2 : 3;
-    launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = PAIR_BLOCK;
+    launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = BLOCK;
     launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_, p.keep);
     launch.split(device_, slabs, shape_.tiles, columns);
     return launch;
@@ -106,8 +107,8 @@ class PairMatrix {
 
   // The passes of packing, each over `rows` dense rows from row `row` on, of `stages` stages.
   void count(const uint16_t* from, int row, int rows, uint32_t* counts, cudaStream_t stream) const {
-    pair_levels<<<ceil_div(rows, 8), 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, row == 0,
-                                                       levels_.get(), mean_.get());
+    pair_levels<<<ceil_div(rows, 8), 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, row == 0, levels_.get(),
+                                                       mean_.get());
     pair_count<<<264, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, levels_.get(), mean_.get(),
                                         shifts_.get() + row, counts);
   }

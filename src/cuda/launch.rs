@@ -276,7 +276,7 @@ impl LaunchShape {
             slabs += 1;
         }
         let keep = (1..=8).rev().find(|&keep| shared(slabs, 5, keep) <= room)?;
-        let slots = if shared(slabs, 6, keep) <= room { 6 } else { 5 };
+        let slots = (5..=8).rev().find(|&slots| shared(slabs, slots, keep) <= room)?;
         let shape = LaunchShape {
             kernel,
             groups: tiles.min((processors / slabs).max(1)),
