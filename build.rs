@@ -57,7 +57,8 @@ mod cuda {
         out.join(stem(source)).with_extension("fatbin")
     }
 
-    /// A fat binary of each file, side by side.
+    /// A fat binary of each file, side by side. One that was made by the same command from files that have not changed
+    /// since is kept: all of them together take minutes.
     fn compile(sources: &[PathBuf], out: &Path) {
         let Ok(toolkit) = CudaToolkit::detect() else { panic!("{NO_NVCC}") };
         thread::scope(|scope| {
@@ -65,12 +66,21 @@ mod cuda {
                 let toolkit = &toolkit;
                 scope.spawn(move || {
                     let mut nvcc = Command::new(&toolkit.nvcc_path);
-                    nvcc.args(["-O3", "-std=c++17", "-fatbin"]);
+                    nvcc.args(["-O3", "-std=c++17", "-fatbin", "-MD"]);
                     TARGETS.iter().for_each(|target| _ = nvcc.args(["-gencode", target]));
                     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
                         nvcc.arg("-allow-unsupported-compiler").arg("-ccbin").arg(compiler);
                     }
-                    nvcc.arg("-o").arg(image(source, out)).arg(source);
+                    let image = image(source, out);
+                    nvcc.arg("-MF").arg(image.with_extension("d")).arg("-o").arg(&image).arg(source);
+                    let command = format!("{nvcc:?}");
+                    let made_by = image.with_extension("command");
+                    if fs::read_to_string(&made_by).is_ok_and(|made_by| made_by == command) && is_fresh(&image) {
+                        return;
+                    }
+                    // Written before nvcc reads and renamed when it has ended: its time is that of the start.
+                    let started = image.with_extension("started");
+                    fs::write(&started, command).expect("OUT_DIR can be written");
                     match nvcc.output() {
                         Ok(result) if result.status.success() => {}
                         Ok(result) => {
@@ -78,8 +88,22 @@ mod cuda {
                         }
                         Err(error) => panic!("{} cannot be run: {error}. {NO_NVCC}", toolkit.nvcc_path.display()),
                     }
+                    fs::rename(started, made_by).expect("OUT_DIR can be written");
                 });
             }
         });
+    }
+
+    /// Whether no file that nvcc read for `image` has changed since it began. The list is a rule of make, by nvcc.
+    fn is_fresh(image: &Path) -> bool {
+        let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+        let begun = modified(&image.with_extension("command")).filter(|_| image.exists());
+        let (Some(begun), Ok(rule)) = (begun, fs::read_to_string(image.with_extension("d"))) else {
+            return false;
+        };
+        let Some((_, read)) = rule.split_once(" : ") else { return false };
+        read.split_whitespace()
+            .filter(|word| *word != "\\")
+            .all(|path| modified(Path::new(path)).is_some_and(|changed| changed < begun))
     }
 }

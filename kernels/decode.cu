@@ -1,16 +1,16 @@
 // Tile streams to memory: whole rows of a matrix, or the rows of an embedding's table that ids ask for.
 //
 // A block takes one tile, each of its four warps one band (64 rows). This is the readable reference: everything about a
-// matrix is decided at run time, by branches that all threads take alike; BF16 matrices without levels have kernels in which
-// most of them fall away. Those whose columns fill whole tiles are decoded by rans.cu.
+// matrix is decided at run time, by branches that all threads take alike; BF16 matrices as they usually are have kernels of their
+// own. Those whose columns fill whole tiles are decoded by rans.cu.
+#include "tile_bf16.cuh"
 #include "tile_block.cuh"
 
 namespace {
 
 using namespace taper;
 
-template <class P>
-__device__ void decode_rows(const uint8_t *bytes, const P &plan, uint32_t first, uint32_t rows, uint8_t *out, uint64_t stride,
+__device__ void decode_rows(const uint8_t *bytes, const Plan &plan, uint32_t first, uint32_t rows, uint8_t *out, uint64_t stride,
                             uint32_t *status) {
     const Bytes stream = {bytes, plan.total};
     const TileBlock block(plan, stream);
@@ -20,8 +20,43 @@ __device__ void decode_rows(const uint8_t *bytes, const P &plan, uint32_t first,
     const uint32_t from = max(row, first) - row, to = min(row + BAND_ROWS, last) - row;
     const uint32_t left = blockIdx.x * TILE;
     uint8_t *line = out + (uint64_t)(row + from - first) * stride + (uint64_t)left * dtype_bytes(plan.out);
-    ToRows<P> sink = {plan, line, stride, from, to, min(TILE, plan.cols - left)};
+    ToRows sink = {plan, line, stride, from, to, min(TILE, plan.cols - left)};
     decode_band(plan, stream, block.table, block.map, block.buffer, tile_row * plan.tile_cols + blockIdx.x, band, sink, status);
+}
+
+// Writes rows [from, to) of a band, the first to `out`, `stride` bytes apart.
+struct EightsToRows {
+    uint8_t *out;
+    uint64_t stride;
+    uint32_t from, to;
+
+    __device__ void write(uint32_t, uint32_t row, uint32_t col, uint4 weights) const {
+        if (row < from || row >= to) return;
+        uint8_t *const place = out + (row - from) * stride + 2 * col;
+        if ((uintptr_t)place % 16 == 0) {
+            *(uint4 *)place = weights;
+            return;
+        }
+        const uint32_t pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+        for (uint32_t k = 0; k < 8; k++) ((uint16_t *)place)[k] = (uint16_t)(pairs[k / 2] >> 16 * (k % 2));
+    }
+    __device__ void group(uint32_t) const {}
+};
+
+template <bool LEVELS>
+__device__ void decode_bf16_rows(const uint8_t *bytes, const Plan &plan, uint32_t first, uint32_t rows, uint8_t *out,
+                                 uint64_t stride, uint32_t *status) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    const Bytes stream = {bytes, plan.total};
+    build_bf16_tables(plan, stream, shared);
+    const uint32_t tile_row = first / TILE + blockIdx.y, band = threadIdx.x / 32;
+    const uint32_t row = tile_row * TILE + band * BAND_ROWS, last = first + rows;
+    if (row >= min(last, plan.rows) || row + BAND_ROWS <= first) return;
+    const uint32_t from = max(row, first) - row, to = min(row + BAND_ROWS, last) - row;
+    EightsToRows sink = {out + (uint64_t)(row + from - first) * stride + blockIdx.x * TILE * 2, stride, from, to};
+    decode_bf16<LEVELS>(plan, stream, shared, shared + BF16_TABLES + band * BF16_BUFFER, tile_row * plan.tile_cols + blockIdx.x,
+                        band, sink, status);
 }
 
 } // namespace
@@ -33,17 +68,15 @@ extern "C" __global__ void __launch_bounds__(128) taper_decode_rows(const uint8_
     decode_rows(bytes, plan, first, rows, out, stride, status);
 }
 
-// The same for what `Bf16Rans` says, to BF16.
-extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16, NO_SCALES> plan,
-                                                                         uint32_t first, uint32_t rows, uint8_t *out,
-                                                                         uint64_t stride, uint32_t *status) {
-    decode_rows(bytes, plan, first, rows, out, stride, status);
-}
-extern "C" __global__ void __launch_bounds__(128) taper_decode_rows_bf16_levels(const uint8_t *bytes, const __grid_constant__ Bf16Rans<BF16, LEVELS> plan,
-                                                                                uint32_t first, uint32_t rows, uint8_t *out,
-                                                                                uint64_t stride, uint32_t *status) {
-    decode_rows(bytes, plan, first, rows, out, stride, status);
-}
+// The same for what tile_bf16.cuh is for, to BF16.
+#define BF16_ROWS(NAME, LEVELS)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, 8) NAME(const uint8_t *bytes, const __grid_constant__ Plan plan,           \
+                                                              uint32_t first, uint32_t rows, uint8_t *out, uint64_t stride,      \
+                                                              uint32_t *status) {                                                \
+        decode_bf16_rows<LEVELS>(bytes, plan, first, rows, out, stride, status);                                                 \
+    }
+BF16_ROWS(taper_decode_rows_bf16, false)
+BF16_ROWS(taper_decode_rows_bf16_levels, true)
 
 // Row `ids[i]` to row `i` of `out`. Grid: tile columns, ids in fours. An id outside the table gives zeros.
 extern "C" __global__ void __launch_bounds__(128) taper_decode_ids(const uint8_t *bytes, const __grid_constant__ Plan plan, const uint32_t *ids,
@@ -60,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(128) taper_decode_ids(const uint8_t
         for (uint32_t b = threadIdx.x % 32; b < bytes; b += 32) line[b] = 0;
         return;
     }
-    ToRows<Plan> sink = {plan, line, stride, id % BAND_ROWS, id % BAND_ROWS + 1, min(TILE, plan.cols - blockIdx.x * TILE)};
+    ToRows sink = {plan, line, stride, id % BAND_ROWS, id % BAND_ROWS + 1, min(TILE, plan.cols - blockIdx.x * TILE)};
     decode_band(plan, stream, block.table, block.map, block.buffer, id / TILE * plan.tile_cols + blockIdx.x,
                 id % TILE / BAND_ROWS, sink, status);
 }

@@ -1,4 +1,4 @@
-// The kernels of a layout's products, by the columns of activations that they take; `joined` takes up to three
+// The kernels of a layout's products, by the columns of activations that they take. Those for up to 8 take up to three
 // matrices.
 #pragma once
 #include "kquant_narrow.cuh"
@@ -19,11 +19,7 @@ __device__ __forceinline__ void small_product(const Product& p) {
 
 #define TAPER_PRODUCTS(NAME, L)                                                                                      \
   extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                \
-      NAME##_product_8(const __grid_constant__ Product p) {                                                          \
-    small_product<L, 1>(p);                                                                                          \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                \
-      NAME##_joined_8(const __grid_constant__ Products p) {                                                          \
+      NAME##_product_8(const __grid_constant__ Products p) {                                                         \
     const Product mine = p.mine();                                                                                   \
     small_product<L, 1>(mine);                                                                                       \
   }                                                                                                                  \
@@ -39,11 +35,7 @@ __device__ __forceinline__ void small_product(const Product& p) {
   }
 // The same with two teams, for layouts that have one otherwise. Compute capability 9.0 only; elsewhere they do nothing.
 #define TAPER_TEAM_PRODUCTS(NAME, L)                                                                                \
-  extern "C" __global__ void __launch_bounds__(block_of(2), 1) NAME##_teams_8(const __grid_constant__ Product p) {  \
-    if constexpr (HOPPER) narrow_product<L, 1, 2>(p);                                                               \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(block_of(2), 1)                                                      \
-      NAME##_teams_joined_8(const __grid_constant__ Products p) {                                                   \
+  extern "C" __global__ void __launch_bounds__(block_of(2), 1) NAME##_teams_8(const __grid_constant__ Products p) { \
     const Product mine = p.mine();                                                                                  \
     if constexpr (HOPPER) narrow_product<L, 1, 2>(mine);                                                            \
   }                                                                                                                 \

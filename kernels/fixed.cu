@@ -4,7 +4,6 @@
 #include "entry.cuh"
 #include "fixed.cuh"
 #include "ids.cuh"
-#include "warpgroup.cuh"
 
 using namespace taper;
 
@@ -121,8 +120,3 @@ extern "C" __global__ void __launch_bounds__(256)
 
 TAPER_PRODUCTS(fixed, Fixed)
 TAPER_TEAM_PRODUCTS(fixed, Fixed)
-// Compute capability 9.0 only (code for sm_90a); elsewhere it does nothing.
-extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1)
-    fixed_warpgroup_64(const __grid_constant__ Product p) {
-  warpgroup_product<Fixed, 8>(p);
-}

@@ -160,12 +160,6 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Whether this is the lane that is to act for its warp.
-__device__ __forceinline__ bool elected() {
-  uint32_t yes;
-  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(yes));
-  return yes;
-}
 __device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
   uint32_t d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));

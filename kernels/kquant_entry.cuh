@@ -5,15 +5,11 @@
 #include "kquant_few.cuh"
 #include "kquant_formats.cuh"
 #include "kquant_single.cuh"
-#include "kquant_warpgroup.cuh"
 
 // What all of them have: besides the products by columns of activations (entry.cuh) those by rows of bf16 or f16, for
-// one and, on compute capability 9.0, for up to 8 and 16.
+// one and, on compute capability 9.0, for up to 8 and 16. That for one and that for up to 8 take several matrices.
 #define BLOCK_LAYOUT(NAME, L)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_8(const __grid_constant__ Product p) {         \
-    few_product<L, 1>(p);                                                                                              \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_joined_few_8(const __grid_constant__ Products p) { \
+  extern "C" __global__ void __launch_bounds__(FEW_BLOCK, 1) NAME##_few_8(const __grid_constant__ Products p) {        \
     const Product mine = p.mine();                                                                                     \
     few_product<L, 1>(mine);                                                                                           \
   }                                                                                                                    \
@@ -21,11 +17,7 @@
     few_product<L, 2>(p);                                                                                              \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
-      NAME##_product_1(const __grid_constant__ Product p) {                                                            \
-    single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(p);                                                  \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(product_block<L>(), 1)                                                  \
-      NAME##_joined_1(const __grid_constant__ Products p) {                                                            \
+      NAME##_product_1(const __grid_constant__ Products p) {                                                           \
     const Product mine = p.mine();                                                                                     \
     single_product<L, SINGLE_EACH, CONSUMER_THREADS * teams<L>()>(mine);                                               \
   }                                                                                                                    \
@@ -42,28 +34,3 @@
     decode_group_ids<L>(weights, ids, out, out_type, rows, cols, stride);                                              \
   }                                                                                                                    \
   TAPER_PRODUCTS(NAME, L)
-
-// Products of whole warpgroups, for up to 32 and 64 columns of activations. Compute capability 9.0 only (code for
-// sm_90a); elsewhere they do nothing.
-#define WARPGROUP_PRODUCTS(NAME, L, PRODUCT)                        \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
-      NAME##_warpgroup_32(const __grid_constant__ Product p) {      \
-    PRODUCT<L, 4>(p);                                               \
-  }                                                                 \
-  extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS, 1) \
-      NAME##_warpgroup_64(const __grid_constant__ Product p) {      \
-    PRODUCT<L, 8>(p);                                               \
-  }
-
-// Groups of 16 or 32: also the power of two for each row that warpgroups need.
-#define KQUANT_LAYOUT(NAME, L)                                                                                      \
-  BLOCK_LAYOUT(NAME, L)                                                                                             \
-  WARPGROUP_PRODUCTS(NAME, L, group_warpgroup_product)                                                              \
-  extern "C" __global__ void __launch_bounds__(32) NAME##_row_scales(const uint8_t* blocks, int cols, float* out) { \
-    group_row_scales<L>(blocks, cols, out);                                                                         \
-  }
-
-// Groups of 128, a row of a unit.
-#define INT4_LAYOUT(NAME, L) \
-  BLOCK_LAYOUT(NAME, L)      \
-  WARPGROUP_PRODUCTS(NAME, L, warpgroup_product)

@@ -8,14 +8,15 @@ namespace taper {
 struct Prefill {
   const uint8_t* weights;
   const uint32_t* overflow;
-  const uint8_t* x;  // arranged
+  const uint8_t* x;  // arranged; of stream.cuh bf16 as it is
   uint16_t* y;       // bf16
   float* partial;
   uint32_t* arrived;
   int rows, cols, batch, y_stride;
   int cut;         // blocks that are cut into pieces
   int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
-  int y_type;      // as activations.cuh numbers it; prefill.cuh's is bf16
+  int y_type;      // as activations.cuh numbers it; bf16 but for fp8.cuh
+  int x_stride;    // of stream.cuh
 };
 
 struct Arrange {
@@ -39,6 +40,8 @@ struct Pieces {
   __device__ Pieces(uint32_t units_, uint32_t cut_) : units(units_), cut(cut_) {}
   // Fewer than two blocks of the product for each of the grid are cut, so the product fits for 100,000 units.
   __device__ uint32_t start(uint32_t i, uint32_t grid) const { return cut * units * i / grid; }
+  // Who has a unit of the blocks that are cut.
+  __device__ uint32_t owner(uint32_t unit, uint32_t grid) const { return ((unit + 1) * grid - 1) / (cut * units); }
   // blocks: of the product.
   __device__ bool next(uint32_t me, uint32_t grid, uint32_t blocks) {
     const uint32_t end = start(me + 1, grid);

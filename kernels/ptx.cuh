@@ -181,6 +181,12 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return p;
 }
 #if __CUDA_ARCH__ >= 900
+// Whether this is the lane that is to act for its warp.
+__device__ __forceinline__ bool elected() {
+  uint32_t yes;
+  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(yes));
+  return yes;
+}
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }

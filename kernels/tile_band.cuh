@@ -13,8 +13,8 @@
 namespace taper {
 
 // Writes rows [from, to) of a band, the first to `out`, `stride` bytes apart.
-template <class P> struct ToRows {
-    const P &plan;
+struct ToRows {
+    const Plan &plan;
     uint8_t *out;
     uint64_t stride;
     uint32_t from, to, cols;
@@ -50,8 +50,8 @@ template <class P> struct ToRows {
 };
 
 // One band.
-template <class P> struct Band {
-    const P &plan;
+struct Band {
+    const Plan &plan;
     Bytes stream;
     uint32_t tile, row, col; // index of the tile; place of the band in the matrix
     uint32_t rows, cols;     // of the band
@@ -64,8 +64,7 @@ template <class P> struct Band {
 
 // The classes of 8 weights, one in each byte.
 // `symbols` are the lane's own, if there are such.
-template <class P>
-__device__ inline uint64_t classes_of(const P &plan, uint32_t n, uint32_t first, Bytes coded, const uint8_t *symbols) {
+__device__ inline uint64_t classes_of(const Plan &plan, uint32_t n, uint32_t first, Bytes coded, const uint8_t *symbols) {
     if (plan.class_bits == 8) return *(const unsigned long long *)symbols;
     uint32_t low, high; // four weights each
     if (plan.class_bits == 4) {
@@ -109,18 +108,18 @@ __device__ inline uint32_t mantissa_bits(uint8_t kind) {
 }
 
 // Where `high` stands in a code: the exponent of a float, the upper half of an INT8 weight.
-template <class P> __device__ inline uint32_t high_mask(const P &plan) {
+__device__ inline uint32_t high_mask(const Plan &plan) {
     if (plan.kind == INT8) return 0xf0;
     const uint32_t exponent = plan.kind == BF16 || plan.kind == F32 ? 8 : plan.kind == F8E4M3 ? 4 : 5;
     return ((1u << exponent) - 1) << mantissa_bits(plan.kind);
 }
 
-template <class P> __device__ inline uint32_t high_in_place(const P &plan, uint32_t high) {
+__device__ inline uint32_t high_in_place(const Plan &plan, uint32_t high) {
     return high << (plan.kind == INT8 ? 4 : mantissa_bits(plan.kind)) & high_mask(plan);
 }
 
 // The code with that high part and raw bits; a float's sign is on top of its mantissa in them.
-template <class P> __device__ inline uint32_t join(const P &plan, uint32_t high, uint32_t raw) {
+__device__ inline uint32_t join(const Plan &plan, uint32_t high, uint32_t raw) {
     if (plan.kind == INT8) return high_in_place(plan, high) | (raw & 15);
     const uint32_t mantissa = mantissa_bits(plan.kind);
     const uint32_t sign = (raw >> mantissa & 1) * (high_mask(plan) + (1u << mantissa));
@@ -128,7 +127,7 @@ template <class P> __device__ inline uint32_t join(const P &plan, uint32_t high,
 }
 
 // The same code with another high part.
-template <class P> __device__ inline uint32_t exchange(const P &plan, uint32_t high, uint32_t code) {
+__device__ inline uint32_t exchange(const Plan &plan, uint32_t high, uint32_t code) {
     return high_in_place(plan, high) | (code & ~high_mask(plan));
 }
 
@@ -160,40 +159,49 @@ __device__ inline void undo_predictor(uint8_t predictor, uint8_t *weights, uint3
     }
 }
 
+// Where the sections of band `index` of a tile lie.
+struct Sections {
+    Bytes coded, raw, listed;
+    uint32_t escapes, escape_bytes;
+    uint8_t predictor;
+
+    __device__ Sections(const Plan &plan, Bytes stream, uint32_t tile, uint32_t tile_rows, uint32_t index, uint32_t cols) {
+        const uint64_t record = HEADER_BYTES + TABLE_BYTES + (uint64_t)RECORD_BYTES * tile;
+        const Bytes data = stream.part(stream.load(record, 8), stream.u32(record + 16));
+        const uint32_t bands = (tile_rows + BAND_ROWS - 1) / BAND_ROWS;
+        predictor = (uint8_t)stream.load(record + 24, 1);
+        escape_bytes = plan.kind == RATE ? 4 : 1;
+        uint64_t start = align16(8 * bands);
+        uint32_t coded_bytes = 0, raw_bytes = 0;
+        for (uint32_t b = 0; b <= index; b++) {
+            if (b > 0) start += align16(coded_bytes) + align16(raw_bytes) + align16((uint64_t)escapes * escape_bytes);
+            coded_bytes = data.u32(8 * b), escapes = data.u32(8 * b + 4);
+            raw_bytes = field_bytes(min(BAND_ROWS, tile_rows - b * BAND_ROWS) * cols, plan.raw_bits);
+        }
+        coded = data.part(start, coded_bytes);
+        raw = data.part(start + align16(coded_bytes), raw_bytes);
+        listed = data.part(start + align16(coded_bytes) + align16(raw_bytes), (uint64_t)escapes * escape_bytes);
+    }
+};
+
 // Decodes band `index` of tile `tile` with one warp. `buffer` is the warp's own, `table` the block's (rANS only).
-template <class P, class Sink>
-__device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *table, const uint8_t *map,
+template <class Sink>
+__device__ inline void decode_band(const Plan &plan, Bytes stream, const uint32_t *table, const uint8_t *map,
                                    uint8_t *buffer, uint32_t tile, uint32_t index, Sink &sink, uint32_t *status) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t top = tile / plan.tile_cols * TILE, left = tile % plan.tile_cols * TILE;
-    const uint32_t tile_rows = min(TILE, plan.rows - top), bands = (tile_rows + BAND_ROWS - 1) / BAND_ROWS;
-    const uint32_t skip = index * BAND_ROWS;
-    const Band<P> band = {plan, stream, tile, top + skip, left, min(BAND_ROWS, tile_rows - skip), min(TILE, plan.cols - left)};
+    const uint32_t tile_rows = min(TILE, plan.rows - top), skip = index * BAND_ROWS;
+    const Band band = {plan, stream, tile, top + skip, left, min(BAND_ROWS, tile_rows - skip), min(TILE, plan.cols - left)};
     const uint32_t n = band.rows * band.cols;
 
-    // Where the band's sections lie.
-    const uint64_t record = HEADER_BYTES + TABLE_BYTES + (uint64_t)RECORD_BYTES * tile;
-    const Bytes data = stream.part(stream.load(record, 8), stream.u32(record + 16));
-    const uint8_t predictor = (uint8_t)stream.load(record + 24, 1);
-    const uint32_t escape_bytes = plan.kind == RATE ? 4 : 1;
-    uint64_t start = align16(8 * bands);
-    uint32_t coded_bytes = 0, escapes = 0;
-    for (uint32_t b = 0; b <= index; b++) {
-        const uint32_t weights = min(BAND_ROWS, tile_rows - b * BAND_ROWS) * band.cols;
-        coded_bytes = data.u32(8 * b);
-        escapes = data.u32(8 * b + 4);
-        if (b < index)
-            start += align16(coded_bytes) + align16(field_bytes(weights, plan.raw_bits)) + align16((uint64_t)escapes * escape_bytes);
-    }
-    const uint32_t raw_bytes = field_bytes(n, plan.raw_bits);
-    const Bytes coded = data.part(start, coded_bytes);
-    const Bytes raw = data.part(start + align16(coded_bytes), raw_bytes);
-    const Bytes listed = data.part(start + align16(coded_bytes) + align16(raw_bytes), (uint64_t)escapes * escape_bytes);
+    const Sections sections(plan, stream, tile, tile_rows, index, band.cols);
+    const Bytes coded = sections.coded, raw = sections.raw, listed = sections.listed;
+    const uint32_t escapes = sections.escapes, escape_bytes = sections.escape_bytes;
 
-    uint8_t *const symbols = buffer, *const weights = buffer + (has_table(plan) ? GROUP : 0);
+    uint8_t *const symbols = buffer + (has_table(plan) ? RING_BYTES : 0), *const weights = symbols + (has_table(plan) ? GROUP : 0);
     const uint32_t bytes_of_lane = plan.class_bits; // 8 weights' symbols
     uint32_t steps = has_table(plan) ? (n + 63) / 64 * (plan.class_bits / 4) : 0;
-    Symbols coded_symbols(coded, table);
+    Symbols coded_symbols(coded, table, has_table(plan) ? buffer : nullptr);
 
     const bool in_bytes = plan.kind == INT8;
     const bool uniform_scale = quantised(plan) && plan.scale != PER_ROW;
@@ -210,7 +218,10 @@ __device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *
             const uint32_t now = min(steps, plan.class_bits);
             steps -= now;
 #pragma unroll 4
-            for (uint32_t step = 0; step < now; step++) symbols[step * LANES + lane] = (uint8_t)coded_symbols.next();
+            for (uint32_t step = 0; step < now; step++) {
+                if (step % 4 == 0) coded_symbols.prepare();
+                symbols[step * LANES + lane] = (uint8_t)coded_symbols.next();
+            }
             __syncwarp();
         }
         if (count > 0) {
@@ -278,7 +289,7 @@ __device__ inline void decode_band(const P &plan, Bytes stream, const uint32_t *
     }
     if (in_bytes) {
         __syncwarp();
-        if (predictor != NONE) undo_predictor(predictor, weights, band.rows, band.cols);
+        if (sections.predictor != NONE) undo_predictor(sections.predictor, weights, band.rows, band.cols);
         for (uint32_t group = 0; group < n; group += GROUP) {
             const uint32_t first = group + 8 * lane, count = first < n ? min(8u, n - first) : 0;
             uint32_t values[8];

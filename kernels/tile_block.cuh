@@ -13,7 +13,7 @@ constexpr uint32_t WARPS = 4, SCRATCH_BYTES = 1056;
 struct TileBlock {
     uint32_t *table;
     uint8_t *map, *buffer, *rest; // `rest`: what lies behind
-    template <class P> __device__ TileBlock(const P &plan, Bytes stream) {
+    __device__ TileBlock(const Plan &plan, Bytes stream) {
         extern __shared__ __align__(16) uint8_t shared[];
         uint32_t *starts = (uint32_t *)shared; // 257 words
         map = shared + 1040;                   // 16 bytes in 4 banks: look-ups do not conflict

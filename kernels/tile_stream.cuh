@@ -40,12 +40,6 @@ struct Plan {
     uint32_t form;           // Form: what quantised weights become
 };
 
-// The usual coding of BF16 matrices, known when kernels are compiled: members of the same names hide those of the header, so
-// that most branches of a decoder fall away. `OUT`: the dtype to write; `SCALE`: NO_SCALES or LEVELS.
-template <uint8_t OUT, uint8_t SCALE> struct Bf16Rans : Plan {
-    static constexpr uint8_t kind = BF16, dtype = BF16, class_bits = 4, coding = 1, raw_bits = 8, scale = SCALE, out = OUT;
-};
-
 // Bytes that may be read: [p, p + len).
 struct Bytes {
     const uint8_t *p;
@@ -81,13 +75,13 @@ __device__ inline uint32_t field_bytes(uint32_t n, uint32_t bits) {
     return bytes;
 }
 
-template <class P> __device__ inline bool has_table(const P &plan) { return plan.coding == 1; }
+__device__ inline bool has_table(const Plan &plan) { return plan.coding == 1; }
 
-// Bytes of buffer that a warp needs: the symbols of 256 weights, and for INT8 the differences of a band. Mirrors
-// `cuda::decode::buffer_bytes`.
-constexpr uint32_t GROUP = 8 * LANES;
-template <class P> __device__ inline uint32_t buffer_bytes(const P &plan) {
-    return (has_table(plan) ? GROUP : 0) + (plan.kind == INT8 ? BAND_WEIGHTS : 0);
+// Bytes of buffer that a warp needs: a ring of words and the symbols of 256 weights, and for INT8 the differences of a band.
+// Mirrors `cuda::decode::buffer_bytes`.
+constexpr uint32_t GROUP = 8 * LANES, CHUNK = 128, RING_BYTES = 4 * CHUNK;
+__device__ inline uint32_t buffer_bytes(const Plan &plan) {
+    return (has_table(plan) ? RING_BYTES + GROUP : 0) + (plan.kind == INT8 ? BAND_WEIGHTS : 0);
 }
 
 // Fills the 4096 slots of the decode table, by all threads of a block: frequency | symbol << 12 | (slot - start) << 20.
@@ -122,19 +116,46 @@ __device__ inline void build_table(Bytes stream, uint32_t *table, uint32_t *star
 
 // The symbols of a band: 32 lanes hold 32 states. A step gives one symbol in every lane, and the lanes whose state fell below
 // 2^16 take the next words in the order of their numbers.
+//
+// Words are in a ring of the warp in shared memory, 4 chunks of 64; the next chunk is on its way in a register of each lane. Four
+// steps take at most two chunks, some two thirds of one as a rule.
 struct Symbols {
-    Bytes words;
+    const uint8_t *words;
+    uint32_t length; // of the words, in bytes
     const uint32_t *table;
+    uint8_t *ring;
     uint32_t state, below;
-    // The next 192 words: in each of three registers a lane holds two neighbours. 64 words last about 6 steps, so that
-    // loads have some hundred cycles.
-    uint32_t w0, w1, w2, at = 0, taken = 0;
-    uint64_t ahead = 3 * 128;
+    uint32_t taken = 0, filled = 3 * CHUNK; // bytes of words that have been used, and that are or were in the ring
+    uint32_t next_chunk;
 
-    __device__ Symbols(Bytes coded, const uint32_t *table_) : words(coded.part(4 * LANES, coded.len)), table(table_) {
+    // `ring`: null if there are no symbols.
+    __device__ Symbols(Bytes coded, const uint32_t *table_, uint8_t *ring_) : table(table_), ring(ring_) {
+        if (ring == nullptr) return;
         const uint32_t lane = threadIdx.x % 32;
+        const Bytes rest = coded.part(4 * LANES, coded.len);
+        // Words lie at multiples of 16 bytes; others would be damage, and so are none.
+        words = rest.p, length = (uintptr_t)words % 16 == 0 ? (uint32_t)rest.len : 0;
         state = coded.u32(4 * lane), below = (1u << lane) - 1;
-        w0 = words.u32(4 * lane), w1 = words.u32(128 + 4 * lane), w2 = words.u32(256 + 4 * lane);
+        uint32_t chunks[3];
+        for (uint32_t i = 0; i < 3; i++) chunks[i] = load(i * CHUNK + 4 * lane);
+        next_chunk = load(3 * CHUNK + 4 * lane);
+        for (uint32_t i = 0; i < 3; i++) *(uint32_t *)(ring + i * CHUNK + 4 * lane) = chunks[i];
+        __syncwarp();
+    }
+    // Two words; zeros past the end.
+    __device__ uint32_t load(uint32_t at) const {
+        if (at + 4 <= length) return __ldg((const uint32_t *)(words + at));
+        return at + 2 <= length ? __ldg((const uint16_t *)(words + at)) : 0;
+    }
+    // Before every four steps.
+    __device__ void prepare() {
+        while (filled - taken < 2 * CHUNK) {
+            const uint32_t lane = threadIdx.x % 32;
+            *(uint32_t *)(ring + filled % RING_BYTES + 4 * lane) = next_chunk;
+            filled += CHUNK;
+            next_chunk = load(filled + 4 * lane);
+            __syncwarp();
+        }
     }
     // The lane's next symbol.
     __device__ uint32_t next() {
@@ -142,23 +163,13 @@ struct Symbols {
         state = (entry & 0xfff) * (state >> 12) + (entry >> 20);
         const bool needs = state < LOW;
         const uint32_t all = __ballot_sync(ALL, needs);
-        const uint32_t index = at + __popc(all & below);
-        const uint32_t from0 = __shfl_sync(ALL, w0, index / 2), from1 = __shfl_sync(ALL, w1, index / 2);
-        const uint32_t pair = index < 64 ? from0 : from1;
-        if (needs) state = state << 16 | (index % 2 ? pair >> 16 : pair & 0xffff);
-        at += __popc(all);
-        taken += __popc(all);
-        if (at >= 64) {
-            at -= 64;
-            w0 = w1;
-            w1 = w2;
-            w2 = words.u32(ahead + 4 * (threadIdx.x % 32));
-            ahead += 128;
-        }
+        const uint32_t word = *(const uint16_t *)(ring + (taken + 2 * __popc(all & below)) % RING_BYTES);
+        if (needs) state = state << 16 | word;
+        taken += 2 * __popc(all);
         return entry >> 12 & 255;
     }
     // Whether states and words are what they must be at the end.
-    __device__ bool finished() const { return __all_sync(ALL, state == LOW) && 2ull * taken == words.len; }
+    __device__ bool finished() const { return __all_sync(ALL, state == LOW) && taken == length; }
 };
 
 } // namespace taper

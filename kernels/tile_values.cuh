@@ -48,12 +48,12 @@ __device__ inline float value_of(uint8_t dtype, uint32_t bits) {
     }
 }
 
-template <class P> __device__ inline bool quantised(const P &plan) {
+__device__ inline bool quantised(const Plan &plan) {
     return plan.scale == PER_MATRIX || plan.scale == PER_ROW || plan.scale == PER_TILE;
 }
 
 // From a decoded value (a code of the plan's kind; the bits of an f32 for quantised kinds) to the dtype to write.
-template <class P> __device__ inline uint32_t finish(const P &plan, uint32_t value) {
+__device__ inline uint32_t finish(const Plan &plan, uint32_t value) {
     uint32_t own = value;
     if (quantised(plan) && plan.form != AS_STORED) return round_to(plan.out, bits_f32(value));
     if (quantised(plan)) own = round_to(plan.dtype, bits_f32(value));

@@ -86,10 +86,10 @@ class Checker {
       for (const Type y_type : {BF16, F16, F32}) {
         const int columns = batch * (c_.x_type + 1);
         if (columns > M::MOST_COLUMNS || (y_type != BF16 && y_type != c_.x_type)) continue;
-        if (!packed_.plan(batch, c_.x_type, false, false).fits)
+        if (!packed_.plan(batch, c_.x_type, false).fits)
           tally_.skipped++;
         else
-          products(batch, y_type, columns);
+          products(batch, y_type);
       }
   }
 
@@ -123,7 +123,7 @@ class Checker {
              c_.cols, name_of(c_.kind), wrong, packed_.bits(), packed_.details().c_str());
   }
 
-  void products(int batch, Type y_type, int columns) {
+  void products(int batch, Type y_type) {
     const int x_stride = c_.cols + c_.x_padding, y_stride = c_.rows + (c_.x_padding ? 5 : 0);
     const size_t x_count = (size_t)batch * x_stride, outputs = (size_t)batch * c_.rows;
     const Buffer<uint8_t> x_memory((x_count + 8) * bytes_of(c_.x_type)), bias((size_t)c_.rows * bytes_of(y_type));
@@ -134,21 +134,18 @@ class Checker {
     const void* added = c_.bias ? bias.get() : nullptr;
     reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), spread_.get(), x, c_.x_type, x_stride, added,
                                 y_type, wanted.get(), magnitudes.get(), c_.rows, c_.cols, batch);
-    for (const bool warpgroup : {false, true}) {
-      if (warpgroup && !M::has_warpgroups(device_, columns)) continue;
-      for (const bool programmatic : {false, true}) {
-        const auto launch_to = [&](void* y) {
-          Launch launch = packed_.plan(batch, c_.x_type, programmatic, warpgroup);
-          launch.bind(x, x_stride, y, y_stride, y_type, added);
-          return launch;
-        };
-        product(launch_to, programmatic, warpgroup, y_type, y_stride, wanted.get(), magnitudes.get());
-      }
+    for (const bool programmatic : {false, true}) {
+      const auto launch_to = [&](void* y) {
+        Launch launch = packed_.plan(batch, c_.x_type, programmatic);
+        launch.bind(x, x_stride, y, y_stride, y_type, added);
+        return launch;
+      };
+      product(launch_to, programmatic, y_type, y_stride, wanted.get(), magnitudes.get());
     }
   }
 
   template <class F>
-  void product(const F& launch_to, bool programmatic, bool warpgroup, Type y_type, int y_stride, const double* wanted,
+  void product(const F& launch_to, bool programmatic, Type y_type, int y_stride, const double* wanted,
                const double* magnitudes) {
     const int batch = launch_to(nullptr).product().batch;
     const size_t bytes = (size_t)batch * y_stride * bytes_of(y_type);
@@ -157,18 +154,16 @@ class Checker {
     comparison.fill(0, 1), y.fill(0xFF, bytes);
     const Launch launch = launch_to(y.get()), repeated = launch_to(again.get());
     launch.run(nullptr, programmatic);
-    // Weights of GGUF formats are rounded to f16 there, and magnitudes are 128 times a scale or more.
-    const double allowed = M::F16_WEIGHTS && warpgroup ? 2.5e-4 : 2e-6;
     compare_products<<<blocks_for((size_t)c_.rows * batch), 256>>>(y.get(), y_type, y_stride, wanted, magnitudes,
-                                                                   c_.rows, batch, allowed, comparison.get());
+                                                                   c_.rows, batch, 2e-6, comparison.get());
     Comparison result;
     comparison.download(&result, 1);
     tally_.checks++;
     static const char* const types[] = {"bf16", "f16", "f32"};
     const auto describe = [&](const char* prefix, const char* suffix) {
-      printf("%s%s %dx%d %s, batch %d, x %s%s, y %s, %s%s, %d slabs%s\n", prefix, M::NAME, c_.rows, c_.cols,
+      printf("%s%s %dx%d %s, batch %d, x %s%s, y %s, %s, %d slabs%s\n", prefix, M::NAME, c_.rows, c_.cols,
              name_of(c_.kind), batch, types[c_.x_type], c_.special_x ? " with infinities" : "", types[y_type],
-             warpgroup ? "warpgroup " : "", programmatic ? "programmatic" : "plain", launch.product().slabs, suffix);
+             programmatic ? "programmatic" : "plain", launch.product().slabs, suffix);
     };
     char text[100];
     const double error = std::sqrt(result.error / result.norm);

@@ -93,31 +93,29 @@ __global__ void dequantize(const uint8_t* blocks, float* exact, uint16_t* rounde
 
 template <class L>
 struct KQuantKernels;
-#define BLOCK_KERNELS(LAYOUT, L, ROW_SCALES, SINGLE)                                                  \
+#define BLOCK_KERNELS(LAYOUT, L)                                                  \
   template <>                                                                                         \
   struct KQuantKernels<L> {                                                                           \
     static constexpr const char* NAME = #LAYOUT;                                                      \
     static constexpr auto repack = LAYOUT##_repack;                                                   \
-    static constexpr void (*row_scales)(const uint8_t*, int, float*) = ROW_SCALES;                    \
     static constexpr auto decode = LAYOUT##_decode;                                                   \
     static Products products() {                                                                      \
       return {(void*)LAYOUT##_product_8,    (void*)LAYOUT##_product_16,   (void*)LAYOUT##_product_32, \
-              (void*)LAYOUT##_product_64,   (void*)LAYOUT##_warpgroup_64, (void*)SINGLE,              \
-              (void*)LAYOUT##_warpgroup_32, (void*)LAYOUT##_few_8,        (void*)LAYOUT##_few_16};    \
+              (void*)LAYOUT##_product_64,   (void*)LAYOUT##_product_1, \
+              (void*)LAYOUT##_few_8,        (void*)LAYOUT##_few_16};    \
     }                                                                                                 \
   };
-#define KQUANT_KERNELS(LAYOUT, L) BLOCK_KERNELS(LAYOUT, L, LAYOUT##_row_scales, LAYOUT##_product_1)
-KQUANT_KERNELS(q4_k, LayoutQ4K)
-KQUANT_KERNELS(q5_k, LayoutQ5K)
-KQUANT_KERNELS(q6_k, LayoutQ6K)
-KQUANT_KERNELS(q8_0, LayoutQ80)
-KQUANT_KERNELS(q2_k, LayoutQ2K)
-KQUANT_KERNELS(q3_k, LayoutQ3K)
-KQUANT_KERNELS(q4_0, LayoutQ40)
-KQUANT_KERNELS(q4_1, LayoutQ41)
-KQUANT_KERNELS(q5_0, LayoutQ50)
-KQUANT_KERNELS(q5_1, LayoutQ51)
-BLOCK_KERNELS(int4_g128, LayoutInt4G128, nullptr, int4_g128_product_1)
+BLOCK_KERNELS(q4_k, LayoutQ4K)
+BLOCK_KERNELS(q5_k, LayoutQ5K)
+BLOCK_KERNELS(q6_k, LayoutQ6K)
+BLOCK_KERNELS(q8_0, LayoutQ80)
+BLOCK_KERNELS(q2_k, LayoutQ2K)
+BLOCK_KERNELS(q3_k, LayoutQ3K)
+BLOCK_KERNELS(q4_0, LayoutQ40)
+BLOCK_KERNELS(q4_1, LayoutQ41)
+BLOCK_KERNELS(q5_0, LayoutQ50)
+BLOCK_KERNELS(q5_1, LayoutQ51)
+BLOCK_KERNELS(int4_g128, LayoutInt4G128)
 
 template <class L>
 class KQuantMatrix {
@@ -126,16 +124,12 @@ class KQuantMatrix {
   using Format = typename L::Source;
   static constexpr const char* NAME = KQuantKernels<L>::NAME;
   static constexpr int MOST_COLUMNS = 64, LEN = Format::Group::LEN;
-  static constexpr bool SCALED = true, BLOCKS = true, INTEGERS = L::GROUP == 128,
-                        F16_WEIGHTS = !INTEGERS;  // of the warpgroup kernels
+  static constexpr bool SCALED = true, BLOCKS = true, INTEGERS = L::GROUP == 128;
 
   static void prepare(const Device& device) {
     const Products p = KQuantKernels<L>::products();
     allow_shared_memory(device,
-                        {p.to_8, p.to_16, p.to_32, p.to_64, p.single, p.warpgroup, p.warpgroup_32, p.few_8, p.few_16});
-  }
-  static bool has_warpgroups(const Device& device, int columns) {
-    return columns > 16 && device.warpgroups && KQuantKernels<L>::products().warpgroup;
+                        {p.to_8, p.to_16, p.to_32, p.to_64, p.single, p.few_8, p.few_16});
   }
   static Buffer<uint8_t> make(int rows, int cols, Kind kind, uint64_t seed) {
     const size_t count = (size_t)rows * (cols / LEN);
@@ -149,10 +143,8 @@ class KQuantMatrix {
     bytes_ = (size_t)shape_.tiles * shape_.tile_bytes();
     weights_ = Buffer<uint8_t>(bytes_);
     weights_.fill(0xEE, bytes_);
-    row_scales_ = Buffer<float>(dense.rows), not_finite_ = Buffer<uint32_t>(1);
+    not_finite_ = Buffer<uint32_t>(1);
     not_finite_.fill(0, 1);
-    if constexpr (!INTEGERS)
-      KQuantKernels<L>::row_scales<<<dense.rows, 32>>>(dense.blocks.get(), dense.cols, row_scales_.get());
     for (int row = 0; row < dense.rows; row += block_rows)
       repack(dense.blocks.get(), row, std::min(block_rows, dense.rows - row), nullptr);
     CUDA(cudaGetLastError());
@@ -172,22 +164,9 @@ class KQuantMatrix {
                             dense_.cols, stride, tile0));
     return true;
   }
-  Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
-    const Products kernels = KQuantKernels<L>::products();
-    Launch launch = plan_staged(device_, shape_, kernels, weights_.get(), dense_, batch, x_type, programmatic,
-                                warpgroup, not_finite_.get());
-    if (warpgroup) {
-      const bool wide = batch * (x_type + 1) > 32;
-      Product& p = launch.product();
-      launch.kernel = wide ? kernels.warpgroup : kernels.warpgroup_32, p.slots = 3;
-      if (!INTEGERS) p.row_scale = row_scales_.get();
-      const auto bytes = [&](int slots) {
-        return wide ? group_warpgroup_bytes<L, 8>(slots) : group_warpgroup_bytes<L, 4>(slots);
-      };
-      while (p.slots < 8 && bytes(p.slots + 1) <= device_.shared_limit) p.slots++;
-      launch.shared_bytes = bytes(p.slots);
-    }
-    return launch;
+  Launch plan(int batch, Type x_type, bool programmatic) const {
+    return plan_staged(device_, shape_, KQuantKernels<L>::products(), weights_.get(), dense_, batch, x_type, programmatic,
+                       not_finite_.get());
   }
   // Rows `row` and on from a file's blocks.
   void repack(const uint8_t* blocks, int row, int rows, cudaStream_t stream) const {
@@ -202,7 +181,6 @@ class KQuantMatrix {
   Shape<L> shape_;
   size_t bytes_;
   Buffer<uint8_t> weights_;
-  Buffer<float> row_scales_;
   Buffer<uint32_t> not_finite_;
 };
 

@@ -1,6 +1,7 @@
 // A product, planned: which kernel, in how many blocks, with what arguments. How to plan one is in ../../kernels.
 #pragma once
 #include <algorithm>
+#include <climits>
 #include <initializer_list>
 
 #include "../../kernels/repair.cu"
@@ -17,10 +18,16 @@ struct Launch {
   const void* kernel = nullptr;
   int grid = 0, block = 0, shared_bytes = 0;
   bool fits = true;              // else the matrix's stages are too large for the card's shared memory
-  taper::PairProduct args = {};  // all layouts but `pair` take its first member only, which is what they read
+  // What kernels take; those that take one product only read the first.
+  union {
+    taper::Products each = {};
+    taper::PairProduct pair;
+  };
 
-  taper::Product& product() { return args.p; }
-  const taper::Product& product() const { return args.p; }
+  Launch() { each.each[1].first_block = each.each[2].first_block = INT_MAX; }
+
+  taper::Product& product() { return each.each[0]; }
+  const taper::Product& product() const { return each.each[0]; }
 
   // The same launch with other weights.
   Launch with(const uint8_t* weights) const {
@@ -64,7 +71,7 @@ struct Config {
 
 inline void Launch::run(cudaStream_t stream, bool programmatic) const {
   const Config how(grid, block, shared_bytes, stream, programmatic);
-  void* arguments[] = {(void*)&args};
+  void* arguments[] = {(void*)&each};
   CUDA(cudaLaunchKernelExC(&how.config, kernel, arguments));
 }
 

@@ -6,7 +6,7 @@
 //     target/kernels check
 //     target/kernels time
 //
-// -arch=sm_80 (and any later one) builds for other cards; the warpgroup kernel is in a build for sm_90a only. `time`
+// -arch=sm_80 (and any later one) builds for other cards. `time`
 // loads cuBLAS, 13 or 12, at run time.
 //
 //   common.cuh                  error checks, memory, the card

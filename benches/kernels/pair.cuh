@@ -21,7 +21,6 @@ class PairMatrix {
   static void prepare(const Device& device) {
     allow_shared_memory(device, {(void*)pair_product_8, (void*)pair_product_16, (void*)pair_decode});
   }
-  static bool has_warpgroups(const Device&, int) { return false; }
 
   PairMatrix(const Device& device, const DenseMatrix& dense, int block_rows = ALL_ROWS)
       : device_(device), dense_(dense), shape_(dense.rows, dense.cols) {
@@ -76,16 +75,16 @@ class PairMatrix {
     return true;
   }
 
-  Launch plan(int batch, Type x_type, bool programmatic, bool) const {
+  Launch plan(int batch, Type x_type, bool programmatic) const {
     const int columns = batch * (x_type + 1);
     const auto fits = [&](int slabs, int slots, int keep) {
       return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_, keep) <= device_.shared_limit;
     };
     Launch launch;
     Product& p = launch.product();
-    p.weights = weights_.get(), p.overflow = table_.get(), launch.args.offsets = offsets_.get();
+    p.weights = weights_.get(), p.overflow = table_.get(), launch.pair.offsets = offsets_.get();
     p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type;
-    launch.args.slot_bytes = slot_bytes_;
+    launch.pair.slot_bytes = slot_bytes_;
     int slabs = 1;
     while (slabs <= shape_.stages && !fits(slabs, 5, 1)) slabs++;
     launch.fits = slabs <= shape_.stages;

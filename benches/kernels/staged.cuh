@@ -10,9 +10,7 @@ using namespace taper;
 
 struct Products {
   const void *to_8, *to_16, *to_32, *to_64;            // by columns of activations
-  const void* warpgroup;                               // 33 to 64 columns on Hopper, where the layout has it
   const void* single = nullptr;                        // one row, where the layout has it
-  const void* warpgroup_32 = nullptr;                  // 17 to 32 columns likewise
   const void *few_8 = nullptr, *few_16 = nullptr;      // 2 to 16 rows likewise
   const void *teams_8 = nullptr, *teams_16 = nullptr;  // two teams, where the layout has one otherwise
 };
@@ -30,8 +28,6 @@ struct Kernels<Fixed> {
             (void*)fixed_product_16,
             (void*)fixed_product_32,
             (void*)fixed_product_64,
-            (void*)fixed_warpgroup_64,
-            nullptr,
             nullptr,
             nullptr,
             nullptr,
@@ -83,7 +79,7 @@ INTEGER_KERNELS(int4, IntN<4>, 2, 1.9f)
 // How a product of stages of equal size is launched (see kernels/product.cuh and wide.cuh).
 template <class L>
 Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& kernels, const uint8_t* weights,
-                   const DenseMatrix& dense, int batch, Type x_type, bool programmatic, bool warpgroup,
+                   const DenseMatrix& dense, int batch, Type x_type, bool programmatic,
                    const uint32_t* overflow = nullptr) {
   constexpr int STAGE = (int)Shape<L>::stage_bytes();
   const int columns = batch * (x_type + 1), limit = device.shared_limit;  // f16 and f32 take two and three columns
@@ -94,7 +90,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.x_type = x_type;
   int slabs = 1;
   if constexpr (L::GROUP >= 16)
-    if (kernels.few_8 && !warpgroup && batch > 1 && batch <= 16 && x_type != F32 && hopper) {
+    if (kernels.few_8 && batch > 1 && batch <= 16 && x_type != F32 && hopper) {
       p.keep = batch <= 8 ? 2 : 1;
       const auto shared = [&](int slots) {
         return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots, p.keep)
@@ -157,8 +153,6 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     while (wide_shared_bytes<L>(columns, p.slots, hopper) > limit) p.slots--;
     launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots, hopper);
   }
-  if (warpgroup)
-    launch.kernel = kernels.warpgroup, p.slots = 3, launch.shared_bytes = warpgroup_shared_bytes<L, 8>(p.slots);
   launch.split(device, slabs, shape.tiles, columns);
   return launch;
 }
@@ -167,17 +161,14 @@ template <class L>
 class Staged {
  public:
   static constexpr const char* NAME = Kernels<L>::NAME;
-  static constexpr bool BLOCKS = false, F16_WEIGHTS = false;
+  static constexpr bool BLOCKS = false;
   static constexpr int MOST_COLUMNS = 64;
   static constexpr bool SCALED = L::SCALED;
   static constexpr float SPREAD_CHECK = Kernels<L>::SPREAD_CHECK, SPREAD_TIME = Kernels<L>::SPREAD_TIME;
 
   static void prepare(const Device& device) {
     const Products p = Kernels<L>::products();
-    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.warpgroup, p.teams_8, p.teams_16});
-  }
-  static bool has_warpgroups(const Device& device, int columns) {
-    return columns > 32 && device.warpgroups && Kernels<L>::products().warpgroup;
+    allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.teams_8, p.teams_16});
   }
 
   // Packs `block_rows` rows at a time, as a loader does that never holds the whole matrix dense.
@@ -218,9 +209,9 @@ class Staged {
     return true;
   }
 
-  Launch plan(int batch, Type x_type, bool programmatic, bool warpgroup) const {
+  Launch plan(int batch, Type x_type, bool programmatic) const {
     return plan_staged(device_, shape_, Kernels<L>::products(), weights_.get(), dense_, batch, x_type, programmatic,
-                       warpgroup, overflow_.get());
+                       overflow_.get());
   }
 
   const Shape<L>& shape() const { return shape_; }

@@ -2,7 +2,7 @@
 // (timing.cuh): more than 700 MB of dense weights, 650 MB of packed ones.
 //
 // Products are bf16 in and out. Rows of the table: a plain launch; a programmatic one, which fetches weights while the
-// kernel before it still runs; the warpgroup kernel of 33 to 64 rows; and, for matrices that fit, all of it in the
+// kernel before it still runs; and, for matrices that fit, all of it in the
 // second-level cache. TB/s are bytes of weights over time, bits/weight count everything that is stored.
 #pragma once
 #include <type_traits>
@@ -133,8 +133,8 @@ void time_matrix(const Device& device, const Cublas& cublas, const DenseMatrix& 
       cublas.product(stream, dense_copies.of(i), x, y, rows, cols, batch);
     });
     Row{batch, "cuBLAS", cublas_us, 16, weights * 2.0, cublas_us, 0}.print();
-    const auto time = [&](bool programmatic, bool warpgroup, bool cached, const char* name) {
-      Launch launch = packed.plan(batch, BF16, programmatic, warpgroup);
+    const auto time = [&](bool programmatic, bool cached, const char* name) {
+      Launch launch = packed.plan(batch, BF16, programmatic);
       if (!launch.fits) {
         printf("  %5d  %-24s stages do not fit the shared memory\n", batch, name);
         return;
@@ -147,15 +147,11 @@ void time_matrix(const Device& device, const Cublas& cublas, const DenseMatrix& 
       Row{batch, name, us, packed.bits(), (double)packed.bytes(), cached ? 0 : cublas_us, launch.product().slabs}
           .print();
     };
-    time(false, false, false, "plain");
-    time(true, false, false, "programmatic");
+    time(false, false, "plain");
+    time(true, false, "programmatic");
     if (weights < SMALL_WEIGHTS && batch <= 8) {
-      time(false, false, true, "plain, cached");
-      time(true, false, true, "programmatic, cached");
-    }
-    if (M::has_warpgroups(device, batch)) {
-      time(false, true, false, "warpgroup plain");
-      time(true, true, false, "warpgroup programmatic");
+      time(false, true, "plain, cached");
+      time(true, true, "programmatic, cached");
     }
   }
 }

@@ -46,9 +46,8 @@ impl Choice {
 
 static MEASURE: AtomicBool = AtomicBool::new(true);
 
-/// Lets `auto` time layouts when a shape is met first, and matrices of GGUF files their kernels, and remember the fastest. It
-/// is on, unless the environment has `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices, and kernels are
-/// chosen by a rule.
+/// Lets `auto` time layouts when a shape is met first, and remember the fastest. It is on, unless the environment has
+/// `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices.
 pub fn set_measuring(on: bool) {
     MEASURE.store(on, Ordering::Relaxed);
 }

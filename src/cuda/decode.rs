@@ -26,8 +26,11 @@ const THREADS: u32 = 128;
 /// Bytes that all warps of a block share: scratch, the class map, and with rANS the decode table.
 const SCRATCH: usize = 1056;
 const TABLE: usize = 4 * 4096;
-/// The symbols of the weights that a warp decodes at a time.
-const GROUP: usize = 256;
+/// Bytes of a warp with rANS: a ring of words, and the symbols of the weights that it decodes at a time.
+const SYMBOLS: usize = 512 + 256;
+/// Shared memory of `kernels/tile_bf16.cuh`: tables of a block, and what each of its warps has.
+pub(super) const BF16_TABLES: usize = 4 * 4096 + 4 * 256;
+pub(super) const BF16_WARP: usize = SYMBOLS + 512;
 /// The status of a stream without damage.
 const FINE: u32 = u32::MAX;
 
@@ -41,7 +44,7 @@ pub struct DeviceStream {
     plan: Plan,
     dtype: Dtype,
     geometry: Geometry,
-    /// Whether it is what `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels.
+    /// Whether it is what `kernels/tile_bf16.cuh` is for; see [`Plan::usual`].
     usual: Option<usize>,
     /// Where its bands are, if `kernels/rans.cu` takes them.
     bands: Option<BandIndex>,
@@ -66,7 +69,7 @@ impl DeviceStream {
         let (plan, geometry) = (stream.plan(), stream.geometry());
         let rans = plan.coding == Coding::Rans;
         // Mirrors `buffer_bytes` in `kernels/tile_stream.cuh`.
-        let buffer = if rans { GROUP } else { 0 } + if plan.kind == Kind::Int8 { BAND_WEIGHTS } else { 0 };
+        let buffer = if rans { SYMBOLS } else { 0 } + if plan.kind == Kind::Int8 { BAND_WEIGHTS } else { 0 };
         let table = if rans { TABLE } else { 0 };
         let bytes = upload(device, &kernels, stream.bytes())?;
         let status = driver(device.cuda_stream().clone_htod(&[FINE]))?;
@@ -80,7 +83,7 @@ impl DeviceStream {
             bytes,
             status,
             plan: of_kernels,
-            usual: Plan::usual(plan),
+            usual: Plan::usual(plan, geometry),
             bands,
             dtype: plan.dtype,
             geometry,
@@ -191,11 +194,14 @@ impl DeviceStream {
             let top = (rows.start / TILE + start) * TILE;
             let (from, to) = (rows.start.max(top), rows.end.min(top + most * TILE));
             let mut part = out.slice_mut((from - rows.start) * stride..(to - rows.start) * stride);
-            let config = self.config(cols.div_ceil(TILE), most.min(tiles - start));
+            let mut config = self.config(cols.div_ceil(TILE), most.min(tiles - start));
             let (from, count, stride) = (from as u32, (to - from) as u32, stride as u64);
             let kernels = &self.kernels;
             let usual = self.usual.filter(|_| dtype == Dtype::Bf16);
             let kernel = usual.map_or(&kernels.decode_rows, |usual| &kernels.decode_rows_bf16[usual]);
+            if usual.is_some() {
+                config.shared_mem_bytes = (BF16_TABLES + 4 * BF16_WARP) as u32;
+            }
             let mut launch = stream.launch_builder(kernel);
             launch.arg(&self.bytes).arg(&plan).arg(&from).arg(&count).arg(&mut part).arg(&stride).arg(&self.status);
             // SAFETY: arguments as the kernel declares them; it reads within `plan.total` bytes, and writes `count` rows of

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
 
 use super::kernels::function;
+use super::stream;
 use crate::Result;
 use crate::codec::kquant::GgmlType;
 
@@ -102,12 +103,6 @@ impl Family {
         matches!(self, Family::Blocks(_))
     }
 
-    /// Whether it is a block format whose groups are narrower than a unit: its warpgroup kernels round weights to F16, which
-    /// takes a power of two for each row.
-    pub fn groups(self) -> bool {
-        self.blocks() && self != Family::Blocks(GgmlType::Int4G128)
-    }
-
     pub fn stage_bytes(self) -> usize {
         let (unit, trailer) = self.bytes();
         Family::UNITS * unit + trailer
@@ -158,13 +153,11 @@ pub(super) struct PackedKernels {
     pub decode: CudaFunction,
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
-    /// have two for compute capability 9.0 and up to 32 and 64 columns, one for a single row of BF16 or F16, and two for
-    /// compute capability 9.0 and up to 8 and 16 rows of these; `fixed` has one for compute capability 9.0 and 64 columns,
-    /// and two for up to 8 and 16 with more warps.
+    /// have one for a single row of BF16 or F16, and two for compute capability 9.0 and up to 8 and 16 rows of these; `fixed`
+    /// has two for compute capability 9.0 and up to 8 and 16 columns with more warps.
     pub products: Vec<(CudaFunction, usize)>,
-    /// For up to three matrices with the same activations: the counterparts of the product for up to 8 columns, and of
-    /// those for a single row and for up to 8, or with more warps, where there are such.
-    pub joined: Vec<CudaFunction>,
+    /// For some rows of activations, on compute capability 9.0: `super::stream`.
+    pub stream: Vec<(CudaFunction, usize)>,
 }
 
 /// What makes the layout.
@@ -173,44 +166,38 @@ pub(super) enum Pack {
     /// From decoded rows, in two passes.
     Rows { plan: CudaFunction, pack: CudaFunction },
     /// From a file's blocks.
-    Blocks { repack: CudaFunction, row_scales: Option<CudaFunction> },
+    Blocks { repack: CudaFunction },
 }
 
 impl PackedKernels {
-    pub fn load(family: Family, module: &Arc<CudaModule>, shared: i32, hopper: bool) -> Result<PackedKernels> {
-        let prefix = family.prefix();
+    /// `streams`: the module of `super::stream`'s kernels, which compute capability 9.0 has.
+    pub fn load(
+        family: Family,
+        module: &Arc<CudaModule>,
+        streams: Option<&Arc<CudaModule>>,
+        shared: i32,
+    ) -> Result<PackedKernels> {
+        let (prefix, hopper) = (family.prefix(), streams.is_some());
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
         let pack = match family.blocks() {
-            true => {
-                let row_scales = if family.groups() { Some(other("row_scales")?) } else { None };
-                Pack::Blocks { repack: other("repack")?, row_scales }
-            }
+            true => Pack::Blocks { repack: other("repack")? },
             false => Pack::Rows { plan: other("plan")?, pack: other("pack")? },
         };
         let mut products = [8, 16, 32, 64].iter().map(product).collect::<Result<Vec<_>>>()?;
         if family.blocks() {
-            for columns in [32, 64] {
-                products.push(function(module, &format!("{prefix}_warpgroup_{columns}"), shared)?);
-            }
             products.push(product(&1)?);
             for rows in [8, 16] {
                 products.push(function(module, &format!("{prefix}_few_{rows}"), shared)?);
             }
         }
         if family == Family::Fixed && hopper {
-            for name in ["fixed_warpgroup_64", "fixed_teams_8", "fixed_teams_16"] {
+            for name in ["fixed_teams_8", "fixed_teams_16"] {
                 products.push(function(module, name, shared)?);
             }
         }
-        let joined: &[&str] = match (family.blocks(), family == Family::Fixed && hopper) {
-            (true, _) => &["joined_8", "joined_1", "joined_few_8"],
-            (_, true) => &["joined_8", "teams_joined_8"],
-            _ => &["joined_8"],
-        };
-        let joined = joined.iter().map(|name| Ok(function(module, &format!("{prefix}_{name}"), shared)?.0));
-        let joined = joined.collect::<Result<_>>()?;
-        Ok(PackedKernels { pack, joined, decode: other("decode")?, ids: other("ids")?, products })
+        let stream = streams.map_or(Ok(vec![]), |module| stream::load(module, family, shared))?;
+        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products, stream })
     }
 
     /// The product of that number.

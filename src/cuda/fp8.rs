@@ -11,7 +11,7 @@ use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
 use super::launch::{Grid, launch_with};
 use super::packed::{Packed, kind_of};
-use super::prefill::Arranging;
+use super::prefill::{Arranging, ROWS};
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
@@ -25,9 +25,9 @@ const SUMS: usize = 16;
 
 /// One for each kernel.
 const WIDTHS: [Width; 3] = [
-    Width { columns: 64, unit: 0.41, meeting: 15.0 },
-    Width { columns: 128, unit: 0.59, meeting: 16.0 },
-    Width { columns: 256, unit: 1.16, meeting: 18.0 },
+    Width { columns: 64, rows: ROWS, unit: 0.41, meeting: 15.0, evenly: None },
+    Width { columns: 128, rows: ROWS, unit: 0.59, meeting: 16.0, evenly: None },
+    Width { columns: 256, rows: ROWS, unit: 1.16, meeting: 18.0, evenly: None },
 ];
 
 /// The kernels; no other compute capability than 9.0 has them.

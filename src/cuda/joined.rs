@@ -9,15 +9,12 @@ use candle_core::{CudaStorage, Layout, Shape};
 use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 
 use super::family::TILE_ROWS;
-use super::launch::{Grid, LaunchShape, joined, launch_with, programmatic};
+use super::launch::{Grid, LaunchShape, launch_with, programmatic, takes_several};
 use super::memory::{Element, bytes, contiguous};
 use super::packed::Packed;
-use super::product::{Product, columns_of};
+use super::product::{MATRICES, Product, columns_of};
 use super::weight::{CudaWeight, Kept};
 use crate::Result;
-
-/// Matrices of one launch at most.
-const MATRICES: usize = 3;
 
 /// A product as a tensor's memory and shape.
 type Made = (CudaStorage, Shape);
@@ -67,14 +64,14 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         return Ok(None);
     }
     let programmatic = programmatic(kernels);
-    let shape = |packed: &&Packed| {
-        LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, (packed.preferred, programmatic))
-    };
+    let shape = |packed: &&Packed| LaunchShape::of(packed.family, packed.geometry, kernels, batch, parts, programmatic);
     let Some(mut shapes) = packed.iter().map(shape).collect::<Option<Vec<_>>>() else { return Ok(None) };
-    let kernel = joined(shapes[0].kernel, first.family).filter(|_| shapes.iter().all(|s| s.kernel == shapes[0].kernel));
-    let function = kernel.and_then(|kernel| kernels.packed(first.family).ok()?.joined.get(kernel));
+    let kernel = shapes[0].kernel;
     let tiles: Vec<usize> = packed.iter().map(|packed| packed.geometry.rows.div_ceil(TILE_ROWS)).collect();
-    let (Some(function), true) = (function, share(&mut shapes, &tiles, kernels.processors)) else {
+    let possible = takes_several(kernel, first.family)
+        && shapes.iter().all(|shape| shape.kernel == kernel)
+        && share(&mut shapes, &tiles, kernels.processors);
+    let Some(function) = kernels.packed(first.family)?.product(kernel).filter(|_| possible) else {
         return Ok(None);
     };
 
@@ -89,7 +86,7 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         let (x, _x) = x.device_ptr(&stream);
         let (mut partial, _partial) = partial.device_ptr_mut(&stream);
         let (mut arrived, _arrived) = arrived.device_ptr_mut(&stream);
-        let mut each = [Product { first_block: i32::MAX, ..Product::default() }; MATRICES];
+        let mut each = [Product::none(); MATRICES];
         let (mut blocks, mut guards) = (0, Vec::new());
         for (((matrix, shape), y), product) in packed.iter().zip(&shapes).zip(&mut results).zip(&mut each) {
             let scale = matrix.row_scale.as_ref().filter(|_| shape.scaled);

@@ -36,7 +36,8 @@ pub(super) struct Kernels {
     pub decode_rows_bf16: [CudaFunction; 2],
     pub decode_ids: CudaFunction,
     pub hybrid: CudaFunction,
-    pub hybrid_bf16: [CudaFunction; 2],
+    /// With the shared memory that each may ask for.
+    pub hybrid_bf16: [(CudaFunction, usize); 2],
     pub convert: CudaFunction,
     pub read: CudaFunction,
     pub repair_scan: CudaFunction,
@@ -116,11 +117,12 @@ impl Kernels {
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
         let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
+        let warpgroups = capability == (9, 0);
+        let streams = warpgroups.then(|| module(image::STREAM)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, shared, capability == (9, 0))?))
+            Ok((family, PackedKernels::load(family, module, streams.as_ref(), shared)?))
         });
-        let warpgroups = capability == (9, 0);
         let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
@@ -132,8 +134,8 @@ impl Kernels {
             decode_ids: function(&decode, "taper_decode_ids", shared)?.0,
             hybrid: function(&hybrid, "hybrid_product", shared)?.0,
             hybrid_bf16: [
-                function(&hybrid, "hybrid_product_bf16", shared)?.0,
-                function(&hybrid, "hybrid_product_bf16_levels", shared)?.0,
+                function(&hybrid, "hybrid_product_bf16", shared)?,
+                function(&hybrid, "hybrid_product_bf16_levels", shared)?,
             ],
             convert: function(&decode, "taper_convert", 0)?.0,
             read: function(&module(image::BANDWIDTH)?, "taper_read", 0)?.0,
@@ -164,9 +166,14 @@ impl Kernels {
         }
         let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
         let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
+        let streams =
+            self.warpgroups.then(|| Ok::<_, Error>((module(image::STREAM_KQUANT)?, module(image::STREAM_SMALL)?)));
+        let streams = streams.transpose()?;
         let load = |ty: GgmlType| {
-            let (family, module) = (Family::Blocks(ty), if ty.block_len() == 256 { &large } else { &small });
-            Ok((family, PackedKernels::load(family, module, self.shared, self.warpgroups)?))
+            let wide = ty.block_len() == 256;
+            let (family, module) = (Family::Blocks(ty), if wide { &large } else { &small });
+            let streams = streams.as_ref().map(|(large, small)| if wide { large } else { small });
+            Ok((family, PackedKernels::load(family, module, streams, self.shared)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.

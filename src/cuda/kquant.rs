@@ -11,7 +11,6 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 use super::family::{Family, Pack, TILE_ROWS, stages, tile_bytes};
 use super::kernels::{Kernels, driver, no_room, out_of_memory};
 use super::packed::Packed;
-use super::prefer::Preferred;
 use super::upload::upload;
 use super::weight::{CudaWeight, Kept};
 use crate::codec::kquant::GgmlType;
@@ -51,7 +50,7 @@ impl CudaWeight {
         }
         let pack = || {
             let kernels = Kernels::of(device)?;
-            let mut packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
+            let packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
             // Whole tiles, and at least one.
             let step = (CHUNK / row_bytes / TILE_ROWS).max(1) * TILE_ROWS;
             let mut chunk = Vec::with_capacity(step.min(rows) * row_bytes);
@@ -68,8 +67,7 @@ impl CudaWeight {
             }
             // Products may fetch weights before the kernel that they follow has ended, so weights must be complete by then.
             driver(device.cuda_stream().synchronize())?;
-            let why = packed.choose_kernels()?;
-            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, &format!("as the file has them; {why}")))
+            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, "as the file has them"))
         };
         pack().map_err(|e| no_room(e, &format!("a {rows}x{cols} matrix of {ty}")))
     }
@@ -82,14 +80,12 @@ impl Packed {
         let bytes = rows.div_ceil(TILE_ROWS) * tile_bytes(family, cols);
         let weights = device.alloc_zeros::<u8>(bytes).map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let overflow = device.alloc_zeros::<u32>(1)?;
-        let row_scale = if family.groups() { Some(device.alloc_zeros::<f32>(rows)?) } else { None };
-        let preferred = Preferred::default();
-        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale, preferred })
+        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale: None })
     }
 
     /// Enqueues the upload and the laying out of `count` rows of blocks from row `start`, a multiple of 16, on.
     fn lay_out(&self, blocks: &[u8], start: usize, count: usize) -> Result<()> {
-        let Pack::Blocks { repack, row_scales } = &self.kernels.packed(self.family)?.pack else {
+        let Pack::Blocks { repack } = &self.kernels.packed(self.family)?.pack else {
             return Err(Error::Invalid(format!("{:?} is not made from blocks", self.family)));
         };
         let (cols, tiles) = (self.geometry.cols, count.div_ceil(TILE_ROWS));
@@ -106,14 +102,6 @@ impl Packed {
         // SAFETY: `raw` holds `count` rows of whole blocks, as `from_blocks` checked, and `target` the bytes of their tiles,
         // which nobody else knows of yet; `overflow` has a word.
         driver(unsafe { launch.launch(config) })?;
-        if let (Some(scales), Some(row_scales)) = (&self.row_scale, row_scales) {
-            let scales = scales.slice(start..start + count);
-            let mut launch = stream.launch_builder(row_scales);
-            launch.arg(&raw).arg(&columns).arg(&scales);
-            let config = LaunchConfig { grid_dim: (count as u32, 1, 1), block_dim: (32, 1, 1), shared_mem_bytes: 0 };
-            // SAFETY: as above, and a scale for each row.
-            driver(unsafe { launch.launch(config) })?;
-        }
         Ok(())
     }
 }

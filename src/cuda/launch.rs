@@ -9,7 +9,6 @@ use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, sys};
 
 use super::family::{Family, TILE_ROWS, UNIT_COLS, stages};
 use super::kernels::{Kernels, driver};
-use super::prefer::Preferred;
 use crate::Result;
 use crate::codec::Geometry;
 
@@ -60,15 +59,13 @@ impl LaunchShape {
         kernels: &Kernels,
         batch: usize,
         parts: usize,
-        (preferred, programmatic): (Preferred, bool),
+        programmatic: bool,
     ) -> Option<LaunchShape> {
         let columns = batch * parts;
         let products = &kernels.packed(family).ok()?.products;
         let single = family.blocks() && batch == 1 && parts <= 2;
         let kernel = match columns {
             _ if single => SINGLE,
-            17..=32 if family.blocks() && kernels.warpgroups && !preferred.wide_32 => WARPGROUPS,
-            33..=64 if family.blocks() && kernels.warpgroups && !preferred.wide_64 => WARPGROUPS + 1,
             _ => [8, 16, 32, 64].iter().position(|&most| columns <= most)?,
         };
         let (unit, trailer) = family.bytes();
@@ -79,7 +76,7 @@ impl LaunchShape {
         let slot = (Family::UNITS * unit + trailers * trailer).next_multiple_of(128);
         let sums = family.group_sums_bytes();
         let few = if batch > 1 && parts <= 2 { LaunchShape::few(family, geometry, kernels, batch) } else { None };
-        let shape = if let Some(shape) = few.or_else(|| LaunchShape::warpgroups(family, geometry, kernels, columns)) {
+        let shape = if let Some(shape) = few {
             shape
         } else if columns <= 16 {
             // `teams` of kernels/ring.cuh.
@@ -145,25 +142,6 @@ impl LaunchShape {
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
                 scaled: !family.blocks(),
             }
-        } else if kernel >= WARPGROUPS && family.blocks() {
-            let eights = if kernel == WARPGROUPS { 4 } else { 8 };
-            let besides = (Family::UNITS * UNIT_COLS * 16 + 2048) * eights + 32 * eights + 128;
-            let slots = (room.checked_sub(besides)? / (8 * (unit + trailer + 8))).min(8);
-            if stages > processors || slots < 2 {
-                return None;
-            }
-            LaunchShape {
-                kernel,
-                groups: tiles.min(processors / stages),
-                slabs: stages,
-                threads: 256,
-                shared: besides + slots * 8 * (unit + trailer + 8),
-                slots,
-                in_flight: slots,
-                keep: 0,
-                partial: stages * columns * tiles * TILE_ROWS,
-                scaled: family.groups(),
-            }
         } else {
             let besides = 256 + 2 * 8 * columns * 80 + 8 * if columns <= 32 { 32 } else { 64 } * sums;
             let slots = 73_728usize.div_ceil(family.stage_bytes()).min(8).min(room.checked_sub(besides)? / slot);
@@ -225,35 +203,6 @@ impl LaunchShape {
         shape.possible()
     }
 
-    /// The product of whole warpgroups for 33 to 64 columns, `kernels/warpgroup.cuh`, where there is one.
-    fn warpgroups(family: Family, geometry: Geometry, kernels: &Kernels, columns: usize) -> Option<LaunchShape> {
-        const SLOTS: usize = 3;
-        let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
-        if family != Family::Fixed {
-            return None;
-        }
-        let (_, room) = kernels.packed(family).ok()?.products.get(WARPGROUPS)?;
-        let (unit, trailer) = family.bytes();
-        let activations = 8 * (2 * 8 * Family::UNITS * UNIT_COLS + 128 * 16);
-        let shared = activations + 8 * SLOTS * (unit + trailer + 8) + 128;
-        if columns <= 32 || shared > *room || stages > kernels.processors {
-            return None;
-        }
-        let shape = LaunchShape {
-            kernel: WARPGROUPS,
-            groups: tiles.min(kernels.processors / stages),
-            slabs: stages,
-            threads: 256,
-            shared,
-            slots: SLOTS,
-            in_flight: SLOTS,
-            keep: 0,
-            partial: stages * columns * tiles * TILE_ROWS,
-            scaled: false,
-        };
-        shape.possible()
-    }
-
     /// As [`LaunchShape::of`] for up to 16 columns of a matrix in layout `pair`, whose largest stage takes `slot` bytes of
     /// shared memory: what `kernels/pair_product.cuh` asks for. `room` are the bytes that a block may have.
     pub fn of_pair(
@@ -298,23 +247,20 @@ impl LaunchShape {
     }
 }
 
-/// The number of the first product of whole warpgroups among a layout's kernels: that for 64 columns of `fixed`, those for
-/// 32 and for 64 columns of block formats, which a product for a single row follows.
-const WARPGROUPS: usize = 4;
-const SINGLE: usize = 6;
-/// And the first of those for up to 8 and 16 rows of block formats.
-const FEW: usize = 7;
+/// The number of the product for a single row among a block format's kernels.
+const SINGLE: usize = 4;
+/// And the first of those for up to 8 and 16 rows.
+const FEW: usize = 5;
 /// From the products for 8 and 16 columns of `fixed` to those with two teams.
-const TEAMS: usize = 5;
+const TEAMS: usize = 4;
 
-/// The number of a kernel's counterpart for several matrices, among those of a layout.
-pub(super) fn joined(kernel: usize, family: Family) -> Option<usize> {
+/// Whether a layout's kernel of that number takes several matrices with the same activations.
+pub(super) fn takes_several(kernel: usize, family: Family) -> bool {
     match kernel {
-        0 => Some(0),
-        SINGLE if family.blocks() => Some(1),
-        FEW if family.blocks() => Some(2),
-        TEAMS if family == Family::Fixed => Some(1),
-        _ => None,
+        0 => true,
+        SINGLE | FEW if family.blocks() => true,
+        TEAMS => family == Family::Fixed,
+        _ => false,
     }
 }
 

@@ -48,13 +48,13 @@ mod pair_code;
 mod pair_packing;
 mod plan;
 mod pointwise;
-mod prefer;
 mod prefill;
 mod product;
 mod rans;
 mod scratch;
 mod shares;
 mod step_inputs;
+mod stream;
 mod upload;
 mod weight;
 

@@ -12,7 +12,6 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchArgs, L
 
 use super::family::{Family, TILE_ROWS, stages};
 use super::kernels::{Kernels, driver};
-use super::prefer::Preferred;
 use crate::codec::{Dtype, Geometry};
 use crate::matrix::GpuLayout;
 use crate::{Error, Result};
@@ -26,10 +25,8 @@ pub(super) struct Packed {
     pub(super) weights: CudaSlice<u8>,
     /// The list of repairs; of block formats a word that is not zero if a scale is not finite.
     pub(super) overflow: CudaSlice<u32>,
-    /// A factor for each row; of block formats for the warpgroup kernels alone, whose weights are divided by it.
+    /// A factor for each row.
     pub(super) row_scale: Option<CudaSlice<f32>>,
-    /// Which kernels multiply it where several can.
-    pub(super) preferred: Preferred,
 }
 
 impl fmt::Debug for Packed {
@@ -218,6 +215,6 @@ impl Fused for Packed {
         if let Some(kernels) = self.prefills(batch, dtype) {
             return self.prefill(kernels, x, y, batch);
         }
-        self.multiply(x, y, batch, dtype)
+        Ok(self.stream(x, y, batch, dtype)? || self.multiply(x, y, batch, dtype)?)
     }
 }

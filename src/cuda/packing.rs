@@ -8,7 +8,6 @@ use super::decode::DeviceStream;
 use super::family::{Family, Pack, TILE_ROWS, stages, tile_bytes};
 use super::kernels::{driver, out_of_memory};
 use super::packed::Packed;
-use super::prefer::Preferred;
 use crate::codec::{Dtype, Geometry, Plan, ScaleLayout, TILE};
 use crate::{Error, Result};
 
@@ -98,8 +97,7 @@ impl Packed {
             FactorsOf::Rows(scales) => (Some(device.clone_htod(scales)?), None),
             FactorsOf::Tiles(scales) => (None, Some(device.clone_htod(scales)?)),
         };
-        let preferred = Preferred::default();
-        let packed = Packed { kernels, device, family, geometry, weights, overflow, row_scale, preferred };
+        let packed = Packed { kernels, device, family, geometry, weights, overflow, row_scale };
         let block = stream.block_rows(Dtype::Bf16);
         let mut passes = Passes {
             capacity: capacity as u32,

@@ -3,7 +3,7 @@
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 
-use crate::codec::{self, Coding, Dtype, Kind, ScaleLayout};
+use crate::codec::{self, Coding, Dtype, Geometry, Kind, ScaleLayout};
 use crate::format::TileStream;
 use crate::format::header::{HEADER_BYTES, RECORD_BYTES, TABLE_BYTES};
 
@@ -61,11 +61,11 @@ impl Plan {
         }
     }
 
-    /// Whether a matrix is coded as `Bf16Rans` in `kernels/tile_stream.cuh` says, for which there are faster kernels: without
-    /// levels (0), or with them (1).
-    pub fn usual(plan: &codec::Plan) -> Option<usize> {
+    /// Whether a matrix is what `kernels/tile_bf16.cuh` is for: without levels (0), or with them (1).
+    pub fn usual(plan: &codec::Plan, geometry: Geometry) -> Option<usize> {
         let usual = (plan.kind, plan.dtype, plan.coding) == (Kind::Bf16, Dtype::Bf16, Coding::Rans)
-            && (plan.class_bits, plan.raw_bits) == (4, 8);
+            && (plan.class_bits, plan.raw_bits) == (4, 8)
+            && geometry.cols.is_multiple_of(8);
         match plan.scale {
             ScaleLayout::None if usual => Some(0),
             ScaleLayout::Levels if usual => Some(1),

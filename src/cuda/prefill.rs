@@ -20,6 +20,8 @@ use crate::{Error, Result};
 
 /// Threads of a block.
 const THREADS: u32 = 384;
+/// Rows of the matrix in a block.
+pub(super) const ROWS: usize = 128;
 /// Beyond so many rows of activations it is faster to decode once and leave the product to cuBLAS.
 const MOST_ROWS: usize = 1024;
 /// Up to so many rows there are kernels of their own.
@@ -30,7 +32,7 @@ const WIDTHS: [Width; 3] = [width(128, 39.0), width(192, 42.5), width(256, 52.0)
 
 /// `cost` is the time for 32 units; pieces take as long to add up as 8.3 units.
 const fn width(columns: usize, cost: f64) -> Width {
-    Width { columns, unit: cost / 32.0, meeting: 8.3 * cost / 32.0 }
+    Width { columns, rows: ROWS, unit: cost / 32.0, meeting: 8.3 * cost / 32.0, evenly: None }
 }
 
 /// The kernels; no other compute capability than 9.0 has them.
@@ -64,22 +66,48 @@ struct Arrange {
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Prefill {
-    weights: u64,
-    overflow: u64,
-    x: u64,
-    y: u64,
-    partial: u64,
-    arrived: u64,
-    rows: i32,
-    cols: i32,
-    batch: i32,
-    y_stride: i32,
-    cut: i32,
+pub(super) struct Prefill {
+    pub weights: u64,
+    pub overflow: u64,
+    pub x: u64,
+    pub y: u64,
+    pub partial: u64,
+    pub arrived: u64,
+    pub rows: i32,
+    pub cols: i32,
+    pub batch: i32,
+    pub y_stride: i32,
+    pub cut: i32,
     by128: i32,
     by8: i32,
     /// As `kernels/activations.cuh` numbers it: BF16 for `fixed`.
-    y_type: i32,
+    pub y_type: i32,
+    /// Of `kernels/stream.cuh`, whose activations are not arranged.
+    pub x_stride: i32,
+    unused: i32,
+}
+
+impl Default for Prefill {
+    fn default() -> Prefill {
+        Prefill {
+            weights: 0,
+            overflow: 0,
+            x: 0,
+            y: 0,
+            partial: 0,
+            arrived: 0,
+            rows: 0,
+            cols: 0,
+            batch: 0,
+            y_stride: 0,
+            cut: 0,
+            by128: 128,
+            by8: 8,
+            y_type: kind_of(Dtype::Bf16),
+            x_stride: 0,
+            unused: 0,
+        }
+    }
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -87,7 +115,7 @@ unsafe impl DeviceRepr for Arrange {}
 const _: () = assert!(size_of::<Arrange>() == 40);
 // SAFETY: as above.
 unsafe impl DeviceRepr for Prefill {}
-const _: () = assert!(size_of::<Prefill>() == 80);
+const _: () = assert!(size_of::<Prefill>() == 88);
 
 impl Packed {
     /// The kernels, if they are the fastest way to multiply with so many rows of activations.
@@ -164,9 +192,8 @@ impl Packed {
                 batch: batch as i32,
                 y_stride: rows as i32,
                 cut: plan.cut as i32,
-                by128: 128,
-                by8: 8,
                 y_type: kind_of(dtype),
+                ..Prefill::default()
             };
             let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
             // SAFETY: memory of the sizes that the kernel expects, as the caller says and as planned; no more blocks than
@@ -197,9 +224,15 @@ mod tests {
     #[test]
     fn few_rows_take_narrow_blocks_and_narrow_matrices_are_cut() {
         let plan = |rows, cols, batch| Plan::of(&WIDTHS, Geometry { rows, cols }, batch, 132).unwrap();
-        assert_eq!(plan(14336, 4096, 100), Plan { kernel: 0, columns: 128, padded: 128, grid: 112, cut: 0 });
-        assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, columns: 256, padded: 512, grid: 128, cut: 0 });
-        assert_eq!(plan(4096, 14336, 512), Plan { kernel: 2, columns: 256, padded: 512, grid: 132, cut: 64 });
+        assert_eq!(
+            plan(14336, 4096, 100),
+            Plan { kernel: 0, columns: 128, rows: ROWS, padded: 128, grid: 112, cut: 0 }
+        );
+        assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, columns: 256, rows: ROWS, padded: 512, grid: 128, cut: 0 });
+        assert_eq!(
+            plan(4096, 14336, 512),
+            Plan { kernel: 2, columns: 256, rows: ROWS, padded: 512, grid: 132, cut: 64 }
+        );
         // The cases of tests/cuda/small.rs take each of the kernels, and cut blocks.
         let cases = [(40, 520, 70), (40, 1300, 70), (2112, 128, 600), (2176, 128, 1000), (2944, 128, 1000)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));

@@ -8,11 +8,10 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, DevicePtr, 
 use super::kernels::Kernels;
 use super::launch::{LaunchShape, launch, programmatic};
 use super::packed::{Packed, kind_of};
-use super::prefer::Preferred;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
-/// The argument of a product: the struct of that name in `kernels/product.cuh`.
+/// The argument of a product: the struct of that name in `kernels/ring.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Product {
@@ -44,7 +43,15 @@ pub(super) struct Product {
 unsafe impl DeviceRepr for Product {}
 const _: () = assert!(size_of::<Product>() == 120);
 
+/// Matrices of one launch at most.
+pub(super) const MATRICES: usize = 3;
+
 impl Product {
+    /// In the place of a matrix that a launch does not have: its first block is past the grid.
+    pub fn none() -> Product {
+        Product { first_block: i32::MAX, ..Product::default() }
+    }
+
     /// What does not depend on where the memory lies: `batch` rows of dtype `kind`, launched as `shape` says.
     pub fn of(shape: &LaunchShape, geometry: Geometry, batch: usize, kind: i32) -> Product {
         let Geometry { rows, cols } = geometry;
@@ -152,33 +159,21 @@ impl Packed {
         batch: usize,
         dtype: Dtype,
     ) -> Result<bool> {
-        self.multiply_with(&self.weights, (x, y), (batch, dtype), self.preferred)
-    }
-
-    /// The same with a copy of the weights, and other kernels.
-    pub(super) fn multiply_with(
-        &self,
-        weights: &CudaSlice<u8>,
-        (x, y): (&CudaView<u8>, &mut CudaViewMut<u8>),
-        (batch, dtype): (usize, Dtype),
-        preferred: Preferred,
-    ) -> Result<bool> {
         // Decoded F32 weights would take twice the memory of others.
         let most = if dtype == Dtype::F32 { 64 } else { 2 };
         let Some(each) = rows_each(batch, dtype, 64, most).filter(|_| dtype == Dtype::F32 || batch <= 64) else {
             return Ok(false);
         };
-        let Packed { kernels, device, family, geometry, overflow, row_scale, .. } = self;
-        if weights.len() != self.weights.len() {
-            return Err(Error::Invalid("weights that are no copy of a matrix's".into()));
-        }
+        let Packed { kernels, device, family, geometry, weights, overflow, row_scale } = self;
         let (functions, row_scale) = (kernels.packed(*family)?, row_scale.as_ref());
         let factor = Factor { kernels, device, geometry: *geometry, weights, overflow, row_scale };
         let shape = |batch, parts, programmatic| {
-            let shape = LaunchShape::of(*family, *geometry, kernels, batch, parts, (preferred, programmatic))?;
+            let shape = LaunchShape::of(*family, *geometry, kernels, batch, parts, programmatic)?;
             Some((shape, functions.product(shape.kernel)?))
         };
+        // Kernels that take several matrices are told that there are no more; others read the first.
+        let alone = |product| [product, Product::none(), Product::none()];
         // SAFETY: the matrix was packed for these kernels, and `LaunchShape` computes what they ask for.
-        unsafe { factor.product((x, y), (batch, each), dtype, shape, |product| product) }
+        unsafe { factor.product((x, y), (batch, each), dtype, shape, alone) }
     }
 }

@@ -118,7 +118,7 @@ impl BandIndex {
         let mut made = BandIndex { of, memory: alloc(device, length, "an index of its bands")?, bands, parts };
         let (kernel, room) = &kernels.rans.index;
         let too_small = || Error::Unsupported("the GPU's multiprocessors have too little shared memory".into());
-        let grid = grid(bands, kernels.processors, *room, RING).ok_or_else(too_small)?;
+        let grid = grid(bands, kernels.processors, *room, (TABLES, RING)).ok_or_else(too_small)?;
         let stream = device.cuda_stream();
         let (at, _memory) = made.memory.device_ptr_mut(&stream);
         let index = Index::at(at, bands, parts);
@@ -172,16 +172,17 @@ impl RansKernels {
     }
 }
 
-/// A grid for so many parts, whose warps take `each` bytes of shared memory: as few of them one after another as there can be.
-fn grid(parts: usize, processors: usize, room: usize, each: usize) -> Option<Grid> {
-    let most = (room.checked_sub(TABLES)? / each).min(WARPS);
+/// A grid for so many parts: as few of them one after another as there can be. Shared memory: `tables` bytes of a block,
+/// `each` of a warp.
+pub(super) fn grid(parts: usize, processors: usize, room: usize, (tables, each): (usize, usize)) -> Option<Grid> {
+    let most = (room.checked_sub(tables)? / each).min(WARPS);
     let blocks = processors.min(parts);
     if most < FEWEST || blocks == 0 {
         return None;
     }
     let turns = parts.div_ceil(blocks * most);
     let warps = parts.div_ceil(blocks * turns).max(FEWEST);
-    Some(Grid { blocks: [blocks as u32, 1, 1], threads: 32 * warps as u32, shared: (TABLES + warps * each) as u32 })
+    Some(Grid { blocks: [blocks as u32, 1, 1], threads: 32 * warps as u32, shared: (tables + warps * each) as u32 })
 }
 
 impl DeviceStream {
@@ -205,7 +206,9 @@ impl DeviceStream {
         let (kernel, room) = &kernels.rans.decode[bands.of as usize];
         let parts = (rows.end.div_ceil(bands.rows()) - rows.start / bands.rows()) * (cols / TILE);
         let aligned = out.device_ptr(stream).0.is_multiple_of(4);
-        let Some(grid) = grid(parts, kernels.processors, *room, RING).filter(|_| aligned) else { return Ok(false) };
+        let Some(grid) = grid(parts, kernels.processors, *room, (TABLES, RING)).filter(|_| aligned) else {
+            return Ok(false);
+        };
         let (first, count, stride) = (rows.start as u32, rows.len() as u32, stride as u64);
         let (at, _memory) = bands.memory.device_ptr(stream);
         let index = Index::at(at, bands.bands, bands.parts);
@@ -240,7 +243,7 @@ impl DeviceStream {
         // One column of activations is read in pairs.
         let single = each * parts == 1 && x.device_ptr(&stream).0.is_multiple_of(4);
         let (kernel, room) = if single { &kernels.rans.single[of as usize] } else { &kernels.rans.eight[of as usize] };
-        let Some(grid) = grid(across * down, kernels.processors, *room, RING + COLUMN * each * parts) else {
+        let Some(grid) = grid(across * down, kernels.processors, *room, (TABLES, RING + COLUMN * each * parts)) else {
             return Ok(false);
         };
         let (plan, programmatic) = (self.plan(), programmatic(kernels));
@@ -285,7 +288,7 @@ mod tests {
 
     #[test]
     fn grids_take_parts_in_as_few_turns_as_there_can_be() {
-        let shape = |parts| grid(parts, 132, 232_448, RING).map(|grid| (grid.blocks[0], grid.threads / 32));
+        let shape = |parts| grid(parts, 132, 232_448, (TABLES, RING)).map(|grid| (grid.blocks[0], grid.threads / 32));
         assert_eq!(shape(0), None);
         assert_eq!(shape(1), Some((1, 4)));
         assert_eq!(shape(1024), Some((132, 8)));
@@ -294,9 +297,9 @@ mod tests {
         assert_eq!(shape(4300), Some((132, 17)));
         // Little shared memory: fewer warps; too little: none.
         let room = TABLES + 5 * (RING + 8 * COLUMN);
-        let few = grid(3584, 132, room, RING + 8 * COLUMN).unwrap();
+        let few = grid(3584, 132, room, (TABLES, RING + 8 * COLUMN)).unwrap();
         assert!(few.threads == 32 * 5 && few.shared as usize == room, "{few:?}");
-        assert!(grid(3584, 132, TABLES + 3 * RING, RING).is_none());
+        assert!(grid(3584, 132, TABLES + 3 * RING, (TABLES, RING)).is_none());
     }
 
     #[test]

@@ -3,18 +3,32 @@
 use super::family::UNIT_COLS;
 use crate::codec::Geometry;
 
-/// Rows of the matrix in a block.
-pub(super) const BLOCK_ROWS: usize = 128;
-
 /// A kernel's share of the activations, and what it costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Width {
     /// Rows of activations in a block.
     pub columns: usize,
+    /// Rows of the matrix in a block.
+    pub rows: usize,
     /// Time for 128 columns of the matrix in each block, in microseconds on an H200.
     pub unit: f64,
     /// Time to add up the pieces of blocks.
     pub meeting: f64,
+    /// The same where each block is cut into as many pieces, one for each block of the grid: for kernels that gain by it.
+    pub evenly: Option<f64>,
+}
+
+/// Pieces that a block is cut into evenly at most.
+const PIECES: usize = 8;
+
+/// How blocks are shared out.
+#[derive(Clone, Copy)]
+enum Cut {
+    Whole,
+    /// Into so many pieces each.
+    Evenly(usize),
+    /// So that all of the grid have as much to do.
+    Any,
 }
 
 /// The shares of a product.
@@ -24,6 +38,8 @@ pub(super) struct Plan {
     pub kernel: usize,
     /// Its rows of activations in a block.
     pub columns: usize,
+    /// Its rows of the matrix in a block.
+    pub rows: usize,
     /// Rows of activations, with those that fill up the last block.
     pub padded: usize,
     /// Blocks of the grid.
@@ -35,7 +51,8 @@ pub(super) struct Plan {
 impl Plan {
     /// The one that should take the least time: with one of the kernels, blocks whole or cut.
     pub fn of(widths: &[Width], geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
-        let with = |kernel| [false, true].map(|cut| Plan::with(widths, kernel, cut, geometry, batch, processors));
+        let cuts = || [Cut::Whole, Cut::Any].into_iter().chain((2..=PIECES).map(Cut::Evenly));
+        let with = |kernel| cuts().filter_map(move |cut| Plan::with(widths, kernel, cut, geometry, batch, processors));
         let plans = (0..widths.len()).flat_map(with).filter(|(_, plan)| plan.grid > 0);
         plans.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
     }
@@ -44,26 +61,37 @@ impl Plan {
     fn with(
         widths: &[Width],
         kernel: usize,
-        cut: bool,
-        Geometry { rows, cols }: Geometry,
+        cut: Cut,
+        geometry: Geometry,
         batch: usize,
         processors: usize,
-    ) -> (f64, Plan) {
-        let Width { columns, unit, meeting } = widths[kernel];
+    ) -> Option<(f64, Plan)> {
+        let Width { columns, rows, unit, meeting, evenly } = widths[kernel];
+        let Geometry { rows: height, cols } = geometry;
         let (units, padded) = (cols.div_ceil(UNIT_COLS), batch.next_multiple_of(columns));
-        let blocks = rows.div_ceil(BLOCK_ROWS) * (padded / columns);
-        let grid = processors.min(if cut { blocks * units } else { blocks });
-        let plan = |cut| Plan { kernel, columns, padded, grid, cut };
-        if cut && !blocks.is_multiple_of(grid.max(1)) {
-            let each = (blocks * units) as f64 / grid as f64;
-            return (unit * each + meeting, plan(blocks.min(blocks % grid + grid)));
+        let blocks = height.div_ceil(rows) * (padded / columns);
+        let plan = |grid, cut| Plan { kernel, columns, rows, padded, grid, cut };
+        match cut {
+            Cut::Whole => {
+                let grid = processors.min(blocks);
+                Some((unit * (blocks.div_ceil(grid.max(1)) * units) as f64, plan(grid, 0)))
+            }
+            Cut::Evenly(pieces) => {
+                let meeting = evenly.filter(|_| pieces <= units && blocks * pieces <= processors)?;
+                Some((unit * units.div_ceil(pieces) as f64 + meeting, plan(blocks * pieces, blocks)))
+            }
+            Cut::Any => {
+                let grid = processors.min(blocks * units).max(1);
+                let each = (blocks * units) as f64 / grid as f64;
+                let cut = blocks.min(blocks % grid + grid);
+                (!blocks.is_multiple_of(grid)).then(|| (unit * each + meeting, plan(grid, cut)))
+            }
         }
-        (unit * (blocks.div_ceil(grid.max(1)) * units) as f64, plan(0))
     }
 
     /// Floats that blocks hand to each other.
     pub fn partial(&self) -> usize {
-        if self.cut > 0 { self.grid * BLOCK_ROWS * self.columns } else { 0 }
+        if self.cut > 0 { self.grid * self.rows * self.columns } else { 0 }
     }
 }
 
@@ -73,18 +101,24 @@ mod tests {
 
     #[test]
     fn plans_cover_every_row_and_their_pieces_every_block() {
-        let widths = [(64, 0.4, 15.0), (128, 0.6, 16.0), (256, 1.2, 18.0)];
-        let widths = widths.map(|(columns, unit, meeting)| Width { columns, unit, meeting });
+        let widths = [
+            (32, 256, 0.7, 4.0, Some(2.0)),
+            (64, 128, 0.4, 15.0, None),
+            (128, 128, 0.6, 16.0, None),
+            (256, 128, 1.2, 18.0, None),
+        ];
+        let widths =
+            widths.map(|(columns, rows, unit, meeting, evenly)| Width { columns, rows, unit, meeting, evenly });
         for (rows, cols) in [(1, 1), (130, 2050), (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336)] {
-            for batch in [1, 64, 65, 100, 128, 200, 512, 600, 1024] {
+            for batch in [1, 32, 64, 65, 100, 128, 200, 512, 600, 1024] {
                 for processors in [1, 2, 14, 114, 132] {
                     let plan = Plan::of(&widths, Geometry { rows, cols }, batch, processors).unwrap();
-                    let columns = widths[plan.kernel].columns;
+                    let Width { columns, rows: height, .. } = widths[plan.kernel];
                     assert!(
                         plan.padded >= batch && plan.padded < batch + columns && plan.padded.is_multiple_of(columns)
                     );
-                    let blocks = rows.div_ceil(BLOCK_ROWS) * (plan.padded / columns);
-                    assert!(plan.columns == columns && plan.grid <= processors && plan.grid > 0);
+                    let blocks = rows.div_ceil(height) * (plan.padded / columns);
+                    assert!((plan.columns, plan.rows) == (columns, height) && plan.grid <= processors && plan.grid > 0);
                     // What is cut is all, or leaves whole rounds.
                     assert!(plan.cut <= blocks && plan.cut < 2 * plan.grid, "{plan:?} of {blocks}");
                     assert!(plan.cut == 0 || (blocks - plan.cut).is_multiple_of(plan.grid), "{plan:?} of {blocks}");

@@ -13,7 +13,7 @@ use crate::products::{activations, check, matrix};
 #[test]
 fn many_rows_are_multiplied_right() {
     let Some(device) = gpu() else { return };
-    let rows_of_x = [65, 127, 128, 129, 200, 256, 300, 513, 600, 1024, 1025];
+    let rows_of_x = [17, 31, 32, 33, 40, 64, 65, 127, 128, 129, 200, 256, 300, 513, 600, 1024, 1025];
     for (rows, cols) in [(1, 1), (3, 130), (16, 128), (37, 1300), (130, 300), (257, 513), (600, 600)] {
         for shape in [Shape::Gaussian, Shape::StudentT, Shape::Scaled, Shape::Constant] {
             let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
@@ -30,7 +30,9 @@ fn many_rows_are_multiplied_right() {
 fn many_rows_of_larger_matrices_are_multiplied_right() {
     let Some(device) = gpu() else { return };
     // Blocks cut into pieces with whole ones after them; whole ones in rounds; one row of blocks.
-    for (rows, cols, m) in [(2100, 1500, 530), (9000, 300, 600), (130, 9000, 100), (16, 60_000, 1000)] {
+    for (rows, cols, m) in
+        [(2100, 1500, 530), (9000, 300, 600), (130, 9000, 100), (16, 60_000, 1000), (3000, 4104, 40), (3000, 4104, 20)]
+    {
         let w = matrix(Shape::Scaled, Dtype::Bf16, rows, cols, &Options::default());
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
         check(&device, &layer, &w, &activations(m, cols, 4), m, DType::BF16, &format!("{rows}x{cols} m={m}"));
@@ -51,7 +53,7 @@ fn infinities_and_nans_stay_where_they_are_among_many_rows() {
                 continue;
             }
         };
-        for m in [70, 257] {
+        for m in [20, 40, 70, 257] {
             let mut x = activations(m, cols, 8);
             check(&device, &layer, &w, &x, m, DType::BF16, &format!("{shape:?} m={m}"));
             for (i, special) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().enumerate() {

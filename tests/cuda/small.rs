@@ -13,7 +13,8 @@ use crate::common::{Shape, weights};
 use crate::products::{LAYOUTS, activations, check, matrix};
 use crate::{captured_and_replayed, decode, fp8, generation, gpu, hopper, kquant, whole_gpu};
 
-/// Rows of activations, one for each kernel: registers, two widths of rings, wide products, warpgroups.
+/// Rows of activations, one for each kernel: registers, two widths of rings, on compute capability 9.0 two of streams and
+/// elsewhere wide products.
 const ROWS: [usize; 5] = [1, 7, 16, 24, 40];
 /// Rows that are multiplied by cuBLAS, whose writes initcheck does not see and calls missing; [`prefill`] has those that
 /// are not.
@@ -43,7 +44,12 @@ fn products() {
                 let what = format!("{dtype:?} {shape:?} {layout:?} m={m}");
                 check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
             }
-            check(&device, &layer, &w, &activations(2, cols, 1), 2, DType::F32, &format!("{dtype:?} {layout:?} F32"));
+            // Three columns of activations a row: kernels that BF16 has others for.
+            let few: &[usize] = if layout == GpuLayout::Fixed { &[2, 8, 12] } else { &[2] };
+            for &m in few {
+                let what = format!("{dtype:?} {layout:?} m={m} F32");
+                check(&device, &layer, &w, &activations(m, cols, 1), m, DType::F32, &what);
+            }
         }
     }
 }
@@ -56,6 +62,10 @@ fn kquants() {
         let layer = matrix.linear(&device);
         for m in ROWS {
             kquant::check(&device, &layer, &matrix, &activations(m, matrix.shape[1], 1), DType::BF16);
+        }
+        // Two columns of activations a row, or three.
+        for (m, dtype) in [(12, DType::F16), (24, DType::F16), (8, DType::F32), (16, DType::F32)] {
+            kquant::check(&device, &layer, &matrix, &activations(m, matrix.shape[1], 1), dtype);
         }
     }
     // Blocks of one tile and of two: teams with nothing to do.
@@ -91,7 +101,35 @@ fn many_rows() {
         check(&device, &layer, &w, &activations(MANY, 520, 1), MANY, DType::BF16, &format!("{layout:?}"));
     }
     let matrix = kquant::Matrix::new(GgmlType::Q4_K, 40, 768, 7);
-    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::BF16);
+    kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::F16);
+}
+
+/// Each of the kernels through which weights stream, of whole blocks and of pieces, of one block and of several.
+#[test]
+fn streams() {
+    let Some(device) = gpu() else { return };
+    let cases = [
+        (Shape::Specials, 16, 200, 20),
+        (Shape::StudentT, 40, 1300, 40),
+        (Shape::Scaled, 600, 1300, 20),
+        (Shape::Scaled, 17_000, 128, 40),
+    ];
+    for (shape, rows, cols, m) in cases {
+        let w = matrix(shape, Dtype::Bf16, rows, cols, &Options::default());
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
+        let what = format!("{shape:?} {rows}x{cols} m={m}");
+        check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
+    }
+    for ty in QUANTIZED {
+        let several = [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0].contains(&ty);
+        let cases: &[_] =
+            if several { &[(600, 1280, 20), (17_000, 256, 40), (17_000, 256, 70)] } else { &[(600, 1280, 70)] };
+        for &(rows, cols, m) in cases {
+            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
+            let x = activations(m, matrix.shape[1], 1);
+            kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
+        }
+    }
 }
 
 /// The smallest matrices for which each of the kernels for many rows is chosen; blocks that are cut; repairs of both lists.

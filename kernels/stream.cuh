@@ -1,0 +1,327 @@
+// y = x W^T for 17 columns of activations and more on compute capability 9.0: weights stream through registers, where
+// each warp decodes what wgmma then reads as A, and activations through shared memory.
+//
+// Work split   A block is 64 WGS rows of the matrix x N columns of activations, K in units of 128 columns. A block of
+//              the grid takes whole blocks of the product in turn; where that would leave SMs idle, the first `cut` of
+//              them are laid end to end and cut into `grid` equal pieces instead, and the rest dealt out whole. Who has
+//              the first piece of a block adds the others' sums, in order. With parts > 1 each block is that many
+//              pieces, of one cluster, whose sums meet in shared memory.
+// Warps        WGS warpgroups multiply: a warp decodes a tile of 16 rows, from a ring of its own. FEEDERS more warps
+//              bring activations into the order that wgmma reads: 16 bytes hold the eight columns of x that two
+//              registers of four lanes' A fragments meet (warpgroup.cuh).
+// Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
+//              the grid only, so the result is the same from run to run.
+#pragma once
+#include "stream_units.cuh"
+
+namespace taper {
+
+#ifndef STREAM_UNITS
+#define STREAM_UNITS 2
+#endif
+#ifndef STREAM_SLOTS
+#define STREAM_SLOTS 2
+#endif
+
+template <class L, int N, int WGS>
+struct Stream {
+  static constexpr int WARPS = 4 * WGS, FEEDERS = WGS > 2 ? 4 : 8, BLOCK = 32 * (WARPS + FEEDERS), ROWS = 64 * WGS,
+                       X_BYTES = N * UNIT_COLS * 2, UNITS = L::UNIT_BYTES < 1700 && WGS < 4 ? 4 : WGS > 3 && L::UNIT_BYTES > 1700 ? 1 : STREAM_UNITS, SLOTS = STREAM_SLOTS,
+                       SLOT_BYTES = UNITS * L::UNIT_BYTES + L::TRAILER, SCRATCH = 2 * RESULT_BUFFER, BARRIERS = 512,
+                       ROOM = 232448 - WGS * SCRATCH - BARRIERS - WARPS * SLOTS * SLOT_BYTES, FIT = ROOM / X_BYTES,
+                       X_SLOTS = FIT > 6 ? 6 : FIT, RINGS_AT = X_SLOTS * X_BYTES,
+                       SCRATCH_AT = RINGS_AT + WARPS * SLOTS * SLOT_BYTES, BARRIERS_AT = SCRATCH_AT + WGS * SCRATCH,
+                       BYTES = BARRIERS_AT + BARRIERS;
+  static_assert(X_SLOTS >= 2 && 16 * X_SLOTS + 8 * SLOTS * WARPS <= BARRIERS && SLOT_BYTES % 16 == 0, "");
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
+  uint32_t v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+  while (v < enough);
+}
+
+// Brings activations into order, of a unit at a time.
+template <class L, int N, int WGS>
+struct Feeder {
+  using S = Stream<L, N, WGS>;
+  static constexpr int THREADS = 32 * S::FEEDERS, COUNT = N * 16 / THREADS;
+  // A unit's come in so many steps, two of which are in a thread's registers.
+  static constexpr int STEPS = COUNT > 4 && S::FEEDERS == 4 ? 2 : 1, EACH_STEP = COUNT / STEPS;
+  static_assert(N * 16 % THREADS == 0 && COUNT % STEPS == 0, "");
+  static constexpr int EACH = THREADS / 4;  // rows, of 32 columns, that all threads bring at once
+  const Prefill& p;
+  const int tid;
+  const bool aligned;
+  __device__ __forceinline__ int row(int d) const { return EACH <= N ? tid / 4 + d * EACH % N : tid / 4 % N; }
+  __device__ __forceinline__ int vector(int d) const { return EACH <= N ? d * EACH / N : tid / 4 / N + d * (EACH / N); }
+  // A unit's activations, of rows `row0` and on, from column k0 on: eight in a piece.
+  template <int STEP>
+  __device__ __forceinline__ void load(uint4 (&v)[EACH_STEP], int row0, int k0) const {
+    const uint16_t* from = (const uint16_t*)p.x + (size_t)row0 * p.x_stride + k0 + tid % 4 * 8;
+    const int left = p.batch - row0;
+    if (aligned && k0 + UNIT_COLS <= p.cols) {
+#pragma unroll
+      for (int e = 0; e < EACH_STEP; e++) {
+        const int d = STEP * EACH_STEP + e;
+        v[e] = make_uint4(0, 0, 0, 0);
+        if (row(d) < left) v[e] = __ldcg((const uint4*)(from + (size_t)row(d) * p.x_stride + 32 * vector(d)));
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < EACH_STEP; e++) {
+        const int d = STEP * EACH_STEP + e, k = 32 * vector(d) + tid % 4 * 8;
+        v[e] = make_uint4(0, 0, 0, 0);
+        if (row(d) < left) v[e] = load_end(from + (size_t)row(d) * p.x_stride + 32 * vector(d), p.cols - k0 - k);
+      }
+    }
+  }
+  __device__ static __noinline__ uint4 load_end(const uint16_t* from, int left) {
+    uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (e < left) w[e / 2] |= (uint32_t)from[e] << 16 * (e & 1);
+    return make_uint4(w[0], w[1], w[2], w[3]);
+  }
+  template <int STEP>
+  __device__ __forceinline__ void store(const uint4 (&v)[EACH_STEP], uint32_t to) const {
+#pragma unroll
+    for (int e = 0; e < EACH_STEP; e++) {
+      const int d = STEP * EACH_STEP + e, n = row(d), j = vector(d), t = tid % 4;
+      const uint32_t words[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
+      const uint32_t at = to + (4 * j * N + n) * 16;
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        if constexpr (L::GROUP == 16) {  // in such an order that lanes meet different banks
+          const uint32_t word = t & 2 ? words[w ^ 2] : words[w];
+          sts32(at + (t / 2 * 2 + w % 2) * 16 * N + (t % 2 * 2 + (w / 2 ^ t / 2)) * 4, word);
+        } else
+          sts32(at + w * 16 * N + t * 4, words[w]);
+      }
+    }
+  }
+};
+#endif
+
+template <class L, int N, int WGS>
+__device__ __forceinline__ void stream_product(const Prefill& p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Stream<L, N, WGS>;
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const Shape<L> shape(p.rows, p.cols);
+  const uint32_t xs = shared_address(memory), x_full = xs + S::BARRIERS_AT, x_empty = x_full + 8 * S::X_SLOTS,
+                 bars = x_empty + 8 * S::X_SLOTS;
+  const uint32_t wide = ceil_div(p.batch, N), me = blockIdx.x, grid = gridDim.x,
+                 blocks = ceil_div(p.rows, S::ROWS) * wide;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < S::X_SLOTS; s++) mbarrier_init(x_full + 8 * s, S::FEEDERS), mbarrier_init(x_empty + 8 * s, S::WARPS);
+    for (int s = 0; s < S::WARPS * S::SLOTS; s++) mbarrier_init(bars + 8 * s, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  const Pieces pieces(shape.units, p.cut);
+  constexpr bool MOVE_REGISTERS = WGS == 4 || N >= 128 || StreamUnit<L>::APART;
+  if (warp >= S::WARPS) {
+    if constexpr (MOVE_REGISTERS) give_registers<WGS == 4 ? 64 : WGS == 3 ? 80 : 88>();
+    wait_for_previous_kernel();
+    using F = Feeder<L, N, WGS>;
+    const F feeder{p, (int)threadIdx.x - 32 * S::WARPS, ((size_t)p.x & 15) == 0 && p.x_stride % 8 == 0};
+    Pieces piece = pieces;
+    bool more = piece.next(me, grid, blocks);
+    uint32_t u = more ? piece.first : 0;
+    int row0 = more ? piece.block % wide * N : 0;
+    constexpr int LAST = F::STEPS - 1;
+    uint4 now[F::EACH_STEP], then[F::EACH_STEP];
+    const auto next = [&] {
+      if (++u == piece.last) more = piece.next(me, grid, blocks), u = piece.first, row0 = piece.block % wide * N;
+    };
+    Turn<S::X_SLOTS> turn;
+    const auto wait = [&] { mbarrier_wait(x_empty + 8 * turn.slot, turn.phase ^ 1); };
+    const auto done = [&] {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(x_full + 8 * turn.slot);
+      turn.next();
+    };
+    // `then` is the second step of the unit, or the next unit.
+    bool one = more;
+    if (one) feeder.template load<0>(now, row0, u * UNIT_COLS);
+#pragma unroll 1
+    while (one) {
+      if (LAST == 0) next();
+      const bool two = LAST || more;
+      if (two) feeder.template load<LAST>(then, row0, u * UNIT_COLS);
+      wait();
+      feeder.template store<0>(now, xs + turn.slot * S::X_BYTES);
+      if (LAST == 0) done();
+      if (!two) break;
+      next();
+      one = more;
+      if (one) feeder.template load<0>(now, row0, u * UNIT_COLS);
+      if (LAST == 0) wait();
+      feeder.template store<LAST>(then, xs + turn.slot * S::X_BYTES);
+      done();
+    }
+    __syncwarp();
+  } else {
+    if constexpr (MOVE_REGISTERS) take_registers<WGS == 4 ? 104 : WGS == 3 ? 144 : 168>();
+    const int half = warp >> 2, place = threadIdx.x & 127;
+    const uint32_t scratch = xs + S::SCRATCH_AT + half * S::SCRATCH, mine = scratch + (warp & 3) * (S::SCRATCH / 4),
+                   ring = xs + S::RINGS_AT + warp * S::SLOTS * S::SLOT_BYTES, full = bars + 8 * warp * S::SLOTS;
+    const uint64_t policy = wide > 1 ? evict_normal_policy() : evict_first_policy();
+    // Where the warp's tile of a block is. Tiles past the matrix's last repeat its first: their products are dropped.
+    const auto tile_of = [&](uint32_t block) {
+      const int tile = block / wide * S::WARPS + warp;
+      return p.weights + (tile < shape.tiles ? tile * shape.tile_bytes() : 0);
+    };
+    Pieces ahead = pieces;
+    bool more = ahead.next(me, grid, blocks);
+    uint32_t to_fetch = more ? ahead.first : 0;
+    const uint8_t* tile = tile_of(more ? ahead.block : 0);
+    const auto count_from = [](uint32_t u, uint32_t last) { return min(last - u, S::UNITS - u % S::UNITS); };
+    const auto fetch = [&](uint32_t slot) {
+      if (!more) return;
+      const uint32_t count = count_from(to_fetch, ahead.last), stage = to_fetch / L::UNITS;
+      if (elected()) {
+        const uint32_t bar = full + 8 * slot, to = ring + slot * S::SLOT_BYTES;
+        mbarrier_expect(bar, count * L::UNIT_BYTES + L::TRAILER);
+        bulk_copy(to, tile + to_fetch * L::UNIT_BYTES + stage * L::TRAILER, count * L::UNIT_BYTES, bar, policy);
+        if (L::TRAILER)
+          bulk_copy(to + S::UNITS * L::UNIT_BYTES,
+                    tile + min((stage + 1) * L::UNITS, (uint32_t)shape.units) * L::UNIT_BYTES + stage * L::TRAILER,
+                    L::TRAILER, bar, policy);
+      }
+      __syncwarp();
+      to_fetch += count;
+      if (to_fetch == ahead.last) {
+        more = ahead.next(me, grid, blocks), to_fetch = ahead.first;
+        if (more) tile = tile_of(ahead.block);
+      }
+    };
+    for (int s = 0; s < S::SLOTS; s++) fetch(s);
+    wait_for_previous_kernel();
+
+    Turn<S::X_SLOTS> x_turn;
+    Turn<S::SLOTS> turn;
+    uint32_t left = 0, unit_at = ring;  // units of the slot that are yet to be read
+    constexpr bool APART = StreamUnit<L>::APART;
+    StreamUnit<L> unit;
+    const uint32_t x_first = (uint32_t)b_descriptor(xs, N * 16);
+    const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
+    Pieces piece = pieces;
+    const auto plane = [&](uint32_t block, bool later) {
+      return (float4*)p.partial + (((size_t)block * 2 + later) * WGS + half) * (N / 8) * 128 + place;
+    };
+    float c[N / 8][4];
+    const auto load = [&](uint32_t u) {
+      if (left == 0) {
+        mbarrier_wait(full + 8 * turn.slot, turn.phase);
+        unit_at = ring + turn.slot * S::SLOT_BYTES, left = count_from(u, piece.last);
+      }
+      const uint32_t trailer = ring + turn.slot * S::SLOT_BYTES + S::UNITS * L::UNIT_BYTES;
+      unit.load(p, unit_at, trailer, u % L::UNITS, lane);
+    };
+    while (piece.next(me, grid, blocks)) {
+#pragma unroll
+      for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
+      load(piece.first);
+      uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
+      float apart[APART ? N / 8 : 1][4];
+#pragma unroll 1
+      for (uint32_t u = piece.first; u < piece.last; u++) {
+        uint32_t a[2][8];
+        float scale[2];
+        if constexpr (APART) {
+#pragma unroll
+          for (int i = 0; i < N / 2; i++) apart[i / 4][i % 4] = 0;
+          scale[0] = unit.scale(0), scale[1] = unit.scale(1);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          uint32_t(&now)[8] = a[j & 1];
+          unit.vector(p, j, now, mine, lane);
+          if (j == 0) mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
+          const uint32_t x = x_first + x_turn.slot * (S::X_BYTES / 16) + j * (N * 4);
+          wgmma_fence();
+          if constexpr (APART)
+            wgmma<false>(apart, now, descriptor(x)), wgmma<false>(apart, now + 4, descriptor(x + N * 2));
+          else
+            wgmma<false>(c, now, descriptor(x)), wgmma<false>(c, now + 4, descriptor(x + N * 2));
+          wgmma_commit();
+          if (j == 3) {
+            unit_at += L::UNIT_BYTES;
+            if (--left == 0) {  // all that was read there has been decoded
+              __syncwarp();
+              fetch(turn.slot);
+              turn.next();
+            }
+            if (u + 1 < piece.last) load(u + 1);
+          }
+          wgmma_wait<1>();
+          if (j == 0 && used && lane == 0) mbarrier_arrive(used);
+        }
+        if constexpr (APART) {
+          wgmma_wait<0>();
+#pragma unroll
+          for (int i = 0; i < N / 2; i++) {
+            asm volatile("" : "+f"(apart[i / 4][i % 4])::"memory");
+            c[i / 4][i % 4] = fmaf(scale[i >> 1 & 1], apart[i / 4][i % 4], c[i / 4][i % 4]);
+          }
+        }
+        used = x_empty + 8 * x_turn.slot;
+        x_turn.next();
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
+      if (lane == 0) mbarrier_arrive(used);
+
+      if (piece.last - piece.first < piece.units) {  // others have the rest
+        float4* to = plane(me, piece.first > 0);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
+        bar_sync<8, 32 * S::WARPS>();
+        const uint32_t first = piece.block * piece.units;
+        if (threadIdx.x == 0) atomic_add_ordered(p.arrived + 2 * piece.owner(first, grid), 1);
+        continue;
+      }
+      store_results<N>(p, c, (piece.block / wide * S::WARPS + 4 * half) * TILE_ROWS, piece.block % wide * N, scratch,
+                       half, place, pack_bf16);
+    }
+    // Blocks that were cut: everybody who has a piece of one adds up some of its columns.
+    const auto join = [&](uint32_t block) {
+      const uint32_t first = block * pieces.units, owner = pieces.owner(first, grid),
+                     count = pieces.owner(first + pieces.units - 1, grid) - owner + 1;
+      uint32_t* const arrived = p.arrived + 2 * owner;
+      if (threadIdx.x == 0) await_count(arrived, count);
+      bar_sync<8, 32 * S::WARPS>();
+      for (uint32_t chunk = me - owner + half * count; chunk < WGS * N / 16; chunk += WGS * count) {
+        const uint32_t of = chunk % WGS, s = chunk / WGS;  // whose 64 rows, which 16 columns of activations
+        float sum[2][4] = {};
+#pragma unroll 4
+        for (uint32_t other = 0; other < count; other++) {
+          const float4* from = (const float4*)p.partial +
+                               (((size_t)(owner + other) * 2 + (other > 0)) * WGS + of) * (N / 8) * 128 + place;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const float4 v = __ldcg(from + (2 * s + k) * 128);
+            sum[k][0] += v.x, sum[k][1] += v.y, sum[k][2] += v.z, sum[k][3] += v.w;
+          }
+        }
+        store_results<16>(p, sum, (block / wide * S::WARPS + 4 * of) * TILE_ROWS, block % wide * N + 16 * s, scratch,
+                          half, place, pack_bf16);
+      }
+      bar_sync<8, 32 * S::WARPS>();
+      if (threadIdx.x == 0 && atomic_add_ordered(arrived + 1, 1) == count - 1) arrived[0] = arrived[1] = 0;
+    };
+    const uint32_t begin = pieces.start(me, grid), end = pieces.start(me + 1, grid), units = pieces.units;
+    if (begin < end && (begin % units || end - begin < units)) join(begin / units);
+    if (begin < end && end % units && end / units != begin / units) join(end / units);
+  }
+#endif
+}
+
+}  // namespace taper

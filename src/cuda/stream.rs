@@ -1,0 +1,128 @@
+//! Products with some rows of activations in BF16 on compute capability 9.0: weights stream through the registers of running
+//! matrix products (`kernels/stream.cuh`), activations are read as they are.
+#![allow(unsafe_code)]
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc;
+use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+
+use super::family::Family;
+use super::kernels::function;
+use super::launch::{Grid, launch_with, programmatic};
+use super::packed::Packed;
+use super::prefill::Prefill;
+use super::shares::{Plan, Width};
+use crate::codec::kquant::GgmlType;
+use crate::codec::{Dtype, Geometry};
+use crate::{Error, Result};
+
+/// One for each kernel of `fixed`.
+const FIXED: [Width; 2] = [width(32, 256, 1.15, [6.0, 4.0]), width(64, 256, 1.4, [8.5, 5.5])];
+/// Of block formats.
+const BLOCKS: [Width; 3] =
+    [width(32, 256, 1.43, [6.0, 4.0]), width(64, 256, 1.63, [8.5, 5.5]), width(128, 128, 1.26, [10.5, 6.5])];
+/// Of 4-bit integers in groups of 128.
+const INTEGERS: [Width; 2] = [width(32, 256, 0.89, [6.5, 4.5]), width(64, 192, 0.96, [9.5, 6.5])];
+
+/// `meeting`: of any pieces, and of even ones.
+const fn width(columns: usize, rows: usize, unit: f64, meeting: [f64; 2]) -> Width {
+    Width { columns, rows, unit, meeting: meeting[0], evenly: Some(meeting[1]) }
+}
+
+/// The widths of a layout's kernels, and for how many rows of activations they are the fastest.
+fn widths(family: Family) -> Option<(&'static [Width], RangeInclusive<usize>)> {
+    match family {
+        Family::Fixed => Some((&FIXED, 17..=64)),
+        Family::Blocks(GgmlType::Int4G128) => Some((&INTEGERS, 17..=64)),
+        Family::Blocks(_) => Some((&BLOCKS, 17..=128)),
+        _ => None,
+    }
+}
+
+/// Threads of a block: four warps for each 64 rows, and those that bring activations.
+fn threads(rows: usize) -> u32 {
+    if rows == 256 { 640 } else { 512 }
+}
+
+/// A layout's kernels, and the shared memory that each may ask for.
+pub(super) fn load(module: &Arc<CudaModule>, family: Family, shared: i32) -> Result<Vec<(CudaFunction, usize)>> {
+    let (widths, _) = widths(family).unwrap_or((&[], 0..=0));
+    let name = |width: &Width| format!("{}_stream_{}", family.prefix(), width.columns);
+    widths.iter().map(|width| function(module, &name(width), shared)).collect()
+}
+
+impl Packed {
+    /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`: false, with nothing done, if other kernels are faster.
+    pub(super) fn stream(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
+        let Geometry { rows, cols } = self.geometry;
+        let Some((widths, range)) = widths(self.family) else { return Ok(false) };
+        if !self.kernels.warpgroups || dtype != Dtype::Bf16 || !range.contains(&batch) {
+            return Ok(false);
+        }
+        if batch * cols * 2 > x.len() || batch * rows * 2 > y.len() {
+            return Err(Error::Invalid("a product that does not fit into its memory".into()));
+        }
+        let Some(plan) = Plan::of(widths, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let Some((function, shared)) = self.kernels.packed(self.family)?.stream.get(plan.kernel) else {
+            return Ok(false);
+        };
+        let stream = self.device.cuda_stream();
+        // A block may have pieces of two.
+        self.kernels.scratch.product(&self.device, 2 * plan.partial(), 0, |partial, arrived| {
+            let (weights, _weights) = self.weights.device_ptr(&stream);
+            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
+            let (x, _x) = x.device_ptr(&stream);
+            let (y, _y) = y.device_ptr_mut(&stream);
+            let (partial, _partial) = partial.device_ptr_mut(&stream);
+            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
+            let [rows, cols, batch, cut] = [rows, cols, batch, plan.cut].map(|size| size as i32);
+            let product = Prefill {
+                weights,
+                overflow,
+                x,
+                y,
+                partial,
+                arrived,
+                rows,
+                cols,
+                batch,
+                y_stride: rows,
+                cut,
+                x_stride: cols,
+                ..Prefill::default()
+            };
+            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: threads(plan.rows), shared: *shared as u32 };
+            let arguments = [(&raw const product).cast()];
+            // SAFETY: `x` and `y` hold `batch` rows, the rest is as planned; there are no more blocks than multiprocessors, as
+            // they wait for each other.
+            unsafe { launch_with(&stream, function, grid, &arguments, programmatic(&self.kernels)) }
+        })?;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_whole_or_cut_into_pieces() {
+        let plan = |widths: &[Width], rows, cols, batch| {
+            let plan = Plan::of(widths, Geometry { rows, cols }, batch, 132).unwrap();
+            (plan.columns, plan.grid, plan.cut)
+        };
+        assert_eq!(plan(&FIXED, 28672, 4096, 64), (64, 112, 0));
+        assert_eq!(plan(&FIXED, 14336, 4096, 20), (32, 132, 56));
+        assert_eq!(plan(&FIXED, 8192, 2048, 64), (64, 128, 32));
+        assert_eq!(plan(&BLOCKS, 14336, 4096, 128), (128, 112, 0));
+        // Those of tests/cuda/small.rs.
+        assert_eq!(plan(&FIXED, 16, 200, 20), (32, 1, 0));
+        assert_eq!(plan(&FIXED, 40, 1300, 40), (32, 12, 2));
+        assert_eq!(plan(&FIXED, 17_000, 128, 40), (64, 67, 0));
+        assert_eq!(plan(&BLOCKS, 600, 1280, 20), (32, 15, 3));
+        assert_eq!(plan(&BLOCKS, 17_000, 256, 40), (64, 67, 0));
+        assert_eq!(plan(&BLOCKS, 17_000, 256, 70), (128, 132, 0));
+    }
+}
