@@ -5,10 +5,10 @@
 // stage. It could therefore mistake an old phase of a slot's barrier for the new one: each slot has two barriers for
 // its arrivals, used in turn, and the ring at least five slots.
 //
-// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); slots 5, in_flight 3, or 2 with
-//          programmatic launch; keep: as many as fit, to PAIR_MOST_KEPT, as all warps wait for one another after so
-//          many tiles; then 6 slots if they fit; slot_bytes: the largest stage + 16. sm_80: slots and in_flight as
-//          given. slabs, groups, partial, arrived as in product.cuh.
+// Launch   grid groups * slabs; block 288; dynamic shared memory pair_shared_bytes(..); in_flight 3, or 2 with
+//          programmatic launch; keep: with 5 slots as many as fit, to PAIR_MOST_KEPT, as all warps wait for one another
+//          after so many tiles; slots: then as many as fit, to PAIR_MAX_SLOTS; slot_bytes: the largest stage + 16.
+//          slabs, groups, partial, arrived as in product.cuh.
 #pragma once
 #include "pair.cuh"
 
@@ -20,8 +20,8 @@ struct PairProduct {
   int slot_bytes, pad;
 };
 
-constexpr int SHARED_REPAIRS = 64;
 constexpr int GROUPS_A_STAGE = Pair::UNITS / Pair::GROUP;
+constexpr int SHARED_REPAIRS = 64;  // of a stage: more are divided among its groups
 constexpr int PAIR_MAX_SLOTS = 8, PAIR_BARRIER_BYTES = 256, ZERO_BYTES = 320;
 constexpr int PAIR_MOST_KEPT = 8;  // tiles
 __host__ __device__ constexpr int pair_shared_bytes(int cols, int slabs, int columns, int slots, int slot_bytes,
