@@ -18,7 +18,8 @@
 //              run to run.
 // Non-finite   Products are those of the exact weights, so infinities and NaN come out as in the exact product.
 //
-// Launch       a block for each group of each slab, block_of(TEAMS) threads, dynamic shared memory product_shared_bytes(..)
+// Launch       a block of block_of(TEAMS) threads for each group of each slab, dynamic shared memory
+//              product_shared_bytes(..)
 //              groups      min(tiles, SMs / slabs), longer_groups the same; where slabs differ in length, of either so
 //                          many that the block with most stages has as few as can be
 //              slabs       the fewest whose shared memory fits; more while 2 * tiles * slabs <= SMs and slabs < stages
