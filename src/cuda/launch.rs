@@ -228,6 +228,10 @@ impl LaunchShape {
         let in_flight = family.stages_of(36_864);
         let least = TEAMS + in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
         let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
+        if slabs > 1 {
+            // Where slabs meet anyway, activations of more than four stages take longer to come than more sums to add.
+            slabs = slabs.max(stages.div_ceil(4));
+        }
         while tiles * slabs * 2 <= processors && slabs < stages {
             slabs += 1;
         }
