@@ -75,7 +75,8 @@ impl Groups {
         }
         let even = tiles.min((processors / slabs).max(1));
         let most = tiles.div_ceil(even) * stages.div_ceil(slabs);
-        for time in (length + 1..most).filter(|_| more > 0) {
+        let least = if more > 0 { (tiles * stages).div_ceil(processors.max(1)).max(length + 1) } else { most };
+        for time in least..most {
             let (each, longer) = (tiles.div_ceil(time / length), tiles.div_ceil(time / (length + 1)));
             if each * (slabs - more) + longer * more <= processors {
                 // What is left makes some blocks shorter.
