@@ -139,7 +139,7 @@ impl LaunchShape {
                 let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
                 let bytes = parts < 3 && columns <= 8 && batch <= family.byte_rows();
                 let activations = if bytes { exact.max(planes) } else { exact };
-                320 + keep(teams) * columns * 512 * teams + activations
+                384 + keep(teams) * columns * 512 * teams + activations
             };
             // Teams take stages in turn: slots must be more than what is on its way, see `Ring`. Those of a single row are
             // of four warps.
