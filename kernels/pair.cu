@@ -12,18 +12,50 @@
 
 using namespace taper;
 
-// Adds to counts[65536] how often exponents e0, e1 of neighbours occur (256 e0 + e1). Any grid, block 256.
+// The level of each row and the most that it may be shifted by (level << 8 | most). Adds levels of rows that may be
+// shifted, and their number, to `mean` if `first` (the matrix's first row block). Grid: rows / 8, block 256.
+extern "C" __global__ void __launch_bounds__(256) pair_levels(const uint16_t* dense, int rows, int cols, int stride,
+                                                              int first, uint32_t* levels, unsigned long long* mean) {
+  const int row = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (row >= rows) return;
+  const uint16_t* const from = dense + (size_t)row * stride;
+  const bool aligned = ((size_t)from & 15) == 0;
+  uint32_t sum = 0, count = 0, least = 255;
+  for (int k = 8 * lane; k < cols; k += 256) {
+    const uint4 eight = load_eight(from, k, cols, aligned);
+    const uint32_t w[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const uint32_t weight = w[i / 2] >> 16 * (i & 1) & 0x7FFF, e = weight >> 7;
+      if (k + i >= cols || e == 255 || weight == 0) continue;
+      sum += e, count++, least = min(least, e);
+    }
+  }
+  sum = __reduce_add_sync(~0u, sum), count = __reduce_add_sync(~0u, count), least = __reduce_min_sync(~0u, least);
+  if (lane) return;
+  const uint32_t level = count ? (uint32_t)((16ull * sum + count / 2) / count) : 0,
+                 most = count ? min(least / 2, (uint32_t)MOST_SHIFT) : 0;
+  levels[row] = level << 8 | most;
+  if (first && most) atomicAdd(mean, (unsigned long long)level), atomicAdd(mean + 1, 1ull);
+}
+
+// The rows' shifts, and to counts[65536] how often shifted exponents e0, e1 of neighbours occur (256 e0 + e1). Any
+// grid.
 constexpr int COUNT_FROM = 72, COUNT_WIDTH = 64;  // the exponents that weights have: counted in shared memory
 extern "C" __global__ void __launch_bounds__(256)
-    pair_count(const uint16_t* dense, int rows, int cols, int stride, uint32_t* counts) {
+    pair_count(const uint16_t* dense, int rows, int cols, int stride, const uint32_t* levels,
+               const unsigned long long* mean, uint8_t* shifts, uint32_t* counts) {
   __shared__ uint32_t near[COUNT_WIDTH * COUNT_WIDTH];
   for (int i = threadIdx.x; i < COUNT_WIDTH * COUNT_WIDTH; i += 256) near[i] = 0;
   __syncthreads();
   const int pairs = cols / 2;
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     const uint16_t* at = dense + (size_t)row * stride;
+    const int shift = shift_of(levels[row], mean);
+    if (threadIdx.x == 0) shifts[row] = (uint8_t)shift;
     for (int i = threadIdx.x; i < pairs; i += 256) {
-      const int e0 = at[2 * i] >> 7 & 255, e1 = at[2 * i + 1] >> 7 & 255, n0 = e0 - COUNT_FROM, n1 = e1 - COUNT_FROM;
+      const int e0 = shifted(at[2 * i], shift) >> 7 & 255, e1 = shifted(at[2 * i + 1], shift) >> 7 & 255,
+                n0 = e0 - COUNT_FROM, n1 = e1 - COUNT_FROM;
       if ((n0 | n1) >= 0 && n0 < COUNT_WIDTH && n1 < COUNT_WIDTH)
         atomicAdd(near + n0 * COUNT_WIDTH + n1, 1u);
       else
@@ -36,19 +68,20 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Pass 1, block per stage: its size in 16 bytes.
-extern "C" __global__ void __launch_bounds__(256) pair_size(const uint16_t* dense, int rows, int cols, int stride,
-                                                            const uint16_t* codes, int filler, uint32_t* sizes) {
+extern "C" __global__ void __launch_bounds__(256)
+    pair_size(const uint16_t* dense, int rows, int cols, int stride, const uint8_t* shifts, const uint16_t* codes,
+              int filler, uint32_t* sizes) {
   __shared__ int lengths[8][32], words[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<Pair> shape(rows, cols);
   const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage);
   if (warp < units) {
-    const LaneCodes mine =
-        lane_codes(Dense(dense, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane), codes, filler);
+    const LaneCodes mine = lane_codes(
+        LaneWeights(dense, shifts, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane), codes, filler);
     lengths[warp][lane] = mine.length;
     __syncwarp();
     const LaneStarts starts(lengths[warp], lane);
-    const int repairs = __reduce_add_sync(~0u, mine.repairs);
+    const int repairs = __reduce_add_sync(~0u, mine.repairs[0] + mine.repairs[1]);
     if (lane == 0) words[warp] = ceil_div(starts.bits, 32) + repairs;
   }
   __syncthreads();
@@ -92,22 +125,29 @@ extern "C" __global__ void __launch_bounds__(1024)
   if (tid == 0) offsets[n] = totals[0] = base;
 }
 
-// Pass 3, block per stage. `offsets` are those of these rows, `weights` is the whole matrix.
+// Pass 3, block per stage. `offsets` and `shifts` are those of these rows, `weights` is the whole matrix.
 extern "C" __global__ void __launch_bounds__(256)
-    pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint16_t* codes, int filler,
-              const uint32_t* offsets, uint8_t* weights) {
+    pair_pack(const uint16_t* dense, int rows, int cols, int stride, const uint8_t* shifts, const uint16_t* codes,
+              int filler, const uint32_t* offsets, uint8_t* weights) {
   __shared__ int lengths[8][32], words[8], repairs[8];
+  __shared__ int places[TILE_ROWS * 8 * 4];  // repairs of each row, unit and t; then how many are before
   __shared__ uint32_t buffer[8][MAX_WORDS];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const Shape<Pair> shape(rows, cols);
-  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage);
-  uint8_t *out = weights + (size_t)offsets[blockIdx.x] * 16, *bytes = out + pair_header_bytes(units);
+  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages, units = shape.units_of(stage),
+            header = pair_header_bytes(units);
+  uint8_t *out = weights + (size_t)offsets[blockIdx.x] * 16, *bytes = out + header;
   uint32_t* const stream = (uint32_t*)(bytes + units * Pair::UNIT_BYTES);
-  const Dense unit(dense, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane);
-  int spacing = 0, before = 0, mine = 0;
+  const LaneWeights mine(dense, shifts, rows, cols, stride, tile, stage * Pair::UNITS + warp, lane);
+  uint32_t* const head = (uint32_t*)(out + STAGE_HEAD + UNIT_HEAD * warp);
+  int* const place = places + (g * 8 + warp) * 4 + t;
+  constexpr int LOWER = 8 * 8 * 4;  // from row g's place to row g + 8's
+  int spacing = 0;
+  place[0] = place[LOWER] = 0;
   if (warp < units) {
-    const LaneCodes codes_of_lane = lane_codes(unit, codes, filler);
+    const LaneCodes codes_of_lane = lane_codes(mine, codes, filler);
     lengths[warp][lane] = codes_of_lane.length;
+    place[0] = codes_of_lane.repairs[0], place[LOWER] = codes_of_lane.repairs[1];
     for (int i = lane; i < MAX_WORDS; i += 32) buffer[warp][i] = 0;
     __syncwarp();
     const LaneStarts starts(lengths[warp], lane);
@@ -118,7 +158,12 @@ extern "C" __global__ void __launch_bounds__(256)
       end = i * spacing + 2 * d + lengths[warp][i];
     }
     const int start = lane * spacing + 2 * d;
-    out[units * 4 + warp * 32 + lane] = (uint8_t)d;
+    uint32_t five = 0;
+    for (int i = 0; i < LANES_A_WORD; i++) {
+      const int from = lane * LANES_A_WORD + i, other = __shfl_sync(~0u, d, from & 31);
+      if (from < 32) five |= (uint32_t)(other & ((1 << START_BITS) - 1)) << START_BITS * i;
+    }
+    if (lane < UNIT_HEAD / 4 - 1) head[1 + lane] = five;
 #pragma unroll
     for (int i = 0; i < PAIR_BITS / 32; i++) {
       const int at = start + 32 * i;
@@ -126,39 +171,55 @@ extern "C" __global__ void __launch_bounds__(256)
       atomicOr(&buffer[warp][at / 32], codes_of_lane.bits[i] << (at & 31));
       if (at & 31) atomicOr(&buffer[warp][at / 32 + 1], codes_of_lane.bits[i] >> (32 - (at & 31)));
     }
-    mine = codes_of_lane.repairs, before = mine;
+    const int all = __reduce_add_sync(~0u, codes_of_lane.repairs[0] + codes_of_lane.repairs[1]);
+    if (lane == 0) words[warp] = ceil_div(starts.bits, 32), repairs[warp] = all;
+  }
+  if (warp == 0) {
+    const uint32_t top = __reduce_or_sync(~0u, (uint32_t)mine.shifts[0] << 4 * g),
+                   bottom = __reduce_or_sync(~0u, (uint32_t)mine.shifts[1] << 4 * g);
+    if (lane == 0) ((uint32_t*)out)[0] = top, ((uint32_t*)out)[1] = bottom;
+  }
+  __syncthreads();
+  if (warp == 0) {  // sums up to each place: of a lane's sixteen, then over lanes
+    int* const sixteen = places + 16 * lane;
+    int sum = 0;
+    for (int i = 0; i < 16; i++) sum += sixteen[i];
+    int before = sum;
     for (int s = 1; s < 32; s *= 2) {
       const int up = __shfl_up_sync(~0u, before, s);
       if (lane >= s) before += up;
     }
-    if (lane == 31) words[warp] = ceil_div(starts.bits, 32), repairs[warp] = before;
-    before -= mine;
+    before -= sum;
+    for (int i = 0; i < 16; i++) {
+      const int here = sixteen[i];
+      sixteen[i] = before, before += here;
+    }
   }
   __syncthreads();
-  const int header = pair_header_bytes(units);
-  if ((int)threadIdx.x < header - units * 36) out[units * 36 + threadIdx.x] = 0;
-  int all_words = 0, first_word = 0, first_repair = 0, all_repairs = 0;
+  int all_words = 0, first_word = 0, all_repairs = 0;
   for (int u = 0; u < units; u++) {
-    if (u < warp) first_word += words[u], first_repair += repairs[u];
+    if (u < warp) first_word += words[u];
     all_words += words[u], all_repairs += repairs[u];
   }
   first_word += all_repairs;
   const int used = all_words + all_repairs;
   if (used > MAX_TAIL) return;  // whoever reads pair_scan's totals refuses the matrix
-  if ((int)threadIdx.x < -used % 4 + (used % 4 ? 4 : 0)) stream[used + threadIdx.x] = 0;
+  if (tid < -used % 4 + (used % 4 ? 4 : 0)) stream[used + tid] = 0;
   if (warp >= units) return;
-  if (lane == 0) ((uint32_t*)out)[warp] = first_word | (spacing - 1) << 12 | repairs[warp] << 20;
+  if (lane == 0) head[0] = first_word | (spacing - 1) << 24;
+  if (tid == 0) ((uint32_t*)out)[2] = all_repairs, ((uint32_t*)out)[3] = 0;
   for (int i = lane; i < words[warp]; i += 32) stream[first_word + i] = buffer[warp][i];
-  int at = first_repair + before;
+  int at[2] = {place[0], place[LOWER]};
   uint32_t sm[4] = {0, 0, 0, 0};
-  each_pair(unit, codes, filler, [&](int j, int p, uint32_t w0, uint32_t w1, uint32_t, bool repair0, bool repair1) {
-    const int h = p & 1, g = lane >> 2, t = lane & 3;
+  each_pair(mine, codes, filler, [&](int j, int p, uint32_t w0, uint32_t w1, uint32_t, bool repair0, bool repair1) {
+    const int h = p & 1;
     // Under a repair lies a value of the weight's sign, below 2^-126 but not zero: zero times infinity would be NaN.
-    const auto byte = [](uint32_t w, bool repaired) { return (w >> 8 & 0x80) | (repaired ? 1 : w & 0x7F); };
-    sm[p / 2] |= byte(w0, repair0) << 8 * h | byte(w1, repair1) << (16 + 8 * h);
+    const auto half = [](uint32_t w, bool repaired) { return (w & 0x8000) | (repaired ? 1 : w & 0x7F); };
+    const uint32_t both = half(w0, repair0) | half(w1, repair1) << 16;
+    sm[p / 2] |= h ? swap_bytes(both) : both;
     const uint32_t place = (warp * UNIT_COLS + 32 * j + 8 * t + (p & ~1)) << 4 | (g + 8 * h);
-    if (repair0) stream[at++] = w0 << 16 | place;
-    if (repair1) stream[at++] = w1 << 16 | (place + 16);
+    if (repair0) stream[at[h]++] = w0 << 16 | place;
+    if (repair1) stream[at[h]++] = w1 << 16 | (place + 16);
     if (p == 7) {
       ((uint4*)(bytes + warp * Pair::UNIT_BYTES))[32 * j + lane] = make_uint4(sm[0], sm[1], sm[2], sm[3]);
       sm[0] = sm[1] = sm[2] = sm[3] = 0;
@@ -203,7 +264,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const int k = left + warp * UNIT_COLS + 32 * j + t * 8;
 #pragma unroll
     for (int e = 0; e < 8; e++)
-      if (k + e < cols && g == (row & 7)) line[k + e] = (uint16_t)((row & 8 ? a[2 * (e / 2) + 1] : a[2 * (e / 2)]) >> 16 * (e & 1));
+      if (k + e < cols && g == (row & 7))
+        line[k + e] = (uint16_t)((row & 8 ? a[2 * (e / 2) + 1] : a[2 * (e / 2)]) >> 16 * (e & 1));
   });
   stage.repair(warp, lane, [&](int r, int k, uint16_t value) {
     if (r == row) line[left + k] = value;

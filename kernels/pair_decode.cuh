@@ -15,19 +15,23 @@ struct PairStage {
   // Hands vector j's registers to put(j, a), with exponents of zero for weights that are repaired.
   template <class Put>
   __device__ __forceinline__ void decode(uint32_t table_at, int warp, int lane, Put put) const {
-    const uint32_t by128 = blockDim.y * 128, bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
+    const uint32_t bytes = at + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
+    const RowShifts shifts(at, lane);
     PairStreams<1> stream;
-    stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + units * 4 + 32 * warp + lane), lane);
+    stream.start(0, at + STAGE_HEAD + UNIT_HEAD * warp, tail, lane);
 #pragma unroll 1
     for (int j = 0; j < 4; j++) {
       const uint4 s = lds128(bytes + 512 * j + 16 * lane);
       uint32_t entry[2][1][4], a[8], half[4];
-      stream.next(table_at + lane * 4, by128, entry[0]);
-      stream.next(table_at + lane * 4, by128, entry[1]);
-      join4(half, s.x, s.y, entry[0][0]);
-      a[0] = half[0], a[1] = half[1], a[2] = half[2], a[3] = half[3];
-      join4(half, s.z, s.w, entry[1][0]);
-      a[4] = half[0], a[5] = half[1], a[6] = half[2], a[7] = half[3];
+      stream.next(table_at, lane * 4, entry[0]);
+      stream.next(table_at, lane * 4, entry[1]);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        shift_back4(entry[h][0], shifts);
+        join4(half, h ? s.z : s.x, h ? s.w : s.y, entry[h][0]);
+#pragma unroll
+        for (int p = 0; p < 4; p++) a[4 * h + p] = half[p];
+      }
       put(j, a);
     }
   }
@@ -35,10 +39,10 @@ struct PairStage {
   template <class Put>
   __device__ __forceinline__ void repair(int warp, int lane, Put put) const {
     __syncwarp();
-    const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+    const int repairs = pair_repairs(at);
     for (int q = lane; q < repairs; q += 32) {
       const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, (uint16_t)(e >> 16));
+      if ((int)k / UNIT_COLS == warp) put(e & 15, (int)k, repair_value(at, e));
     }
   }
 };
@@ -53,22 +57,20 @@ __device__ __forceinline__ void copy_stage(uint32_t at, const uint8_t* weights, 
 
 // A stage on its way: header and tail go to shared memory, signs and mantissas to registers.
 struct PairAhead {
-  int tile, number, units;
   uint32_t first, end;  // 16-byte pieces of the matrix
-  __device__ __forceinline__ PairAhead(const uint32_t* offsets, const Shape<Pair>& shape, int tile0, int i)
-      : tile(tile0 + i / shape.stages), number(i % shape.stages), units(shape.units_of(number)) {
-    const uint32_t* const at = offsets + (size_t)tile * shape.stages + number;
-    first = __ldg(at), end = __ldg(at + 1);
-  }
-  __device__ __forceinline__ int header() const { return pair_header_bytes(units); }
-  __device__ __forceinline__ void fetch(const uint8_t* weights, uint32_t slot, int tid, uint64_t policy) const {
-    const int before = header() / 16, between = units * (Pair::UNIT_BYTES / 16), pieces = end - first - between;
+  __device__ __forceinline__ explicit PairAhead(const uint32_t* offset)
+      : first(__ldg(offset)), end(__ldg(offset + 1)) {}
+  __device__ __forceinline__ void fetch(const uint8_t* weights, int units, uint32_t slot, int tid,
+                                        uint64_t policy) const {
+    const int before = pair_header_bytes(units) / 16, between = units * (Pair::UNIT_BYTES / 16),
+              pieces = end - first - between;
     const uint8_t* const from = weights + (size_t)first * 16;
     for (int q = tid; q < pieces; q += 256)
       async_copy16(slot + 16 * q, from + (q < before ? q : q + between) * 16, policy);
   }
-  __device__ __forceinline__ uint4 bytes(const uint8_t* weights, int warp, int j, int lane, uint64_t policy) const {
-    const uint8_t* const from = weights + (size_t)first * 16 + header() + warp * Pair::UNIT_BYTES;
+  __device__ __forceinline__ uint4 bytes(const uint8_t* weights, int units, int warp, int j, int lane,
+                                         uint64_t policy) const {
+    const uint8_t* const from = weights + (size_t)first * 16 + pair_header_bytes(units) + warp * Pair::UNIT_BYTES;
     return warp < units ? ldg_stream128(from + 512 * j + 16 * lane, policy) : make_uint4(0, 0, 0, 0);
   }
 };
@@ -99,44 +101,50 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
   extern __shared__ __align__(128) uint8_t memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, step = gridDim.x;
   const Shape<Pair> shape(rows, cols);
-  const uint32_t table_at = shared_address(memory), slots = table_at + TABLE_BYTES, by128 = blockDim.y * 128;
+  const uint32_t table_at = shared_address(memory), slots = table_at + TABLE_BYTES;
   const uint64_t policy = evict_first_policy();
   let_next_kernel_start();
   int i = blockIdx.x;
   if (i >= stages) return;
-  const auto look = [&](int i) { return PairAhead(offsets, shape, tile0, min(i, stages - 1)); };
-  const auto fetch = [&](const PairAhead& stage, int slot, uint4(&bytes)[4]) {
-    stage.fetch(weights, slots + slot * slot_bytes, tid, policy);
+  const uint32_t* const first_offset = offsets + (size_t)tile0 * shape.stages;
+  const auto look = [&](int i) { return PairAhead(first_offset + min(i, stages - 1)); };
+  const auto fetch = [&](const PairAhead& stage, int i, int slot, uint4(&bytes)[4]) {
+    const int units = shape.units_of((uint32_t)i % (uint32_t)shape.stages);
+    stage.fetch(weights, units, slots + slot * slot_bytes, tid, policy);
     async_commit();
 #pragma unroll
-    for (int j = 0; j < 4; j++) bytes[j] = stage.bytes(weights, warp, j, lane, policy);
+    for (int j = 0; j < 4; j++) bytes[j] = stage.bytes(weights, units, warp, j, lane, policy);
   };
   uint4 bytes[2][4];
-  PairAhead now = look(i), next = look(i + step);
-  fetch(now, 0, bytes[0]);
+  PairAhead next = look(i + step);
+  fetch(look(i), i, 0, bytes[0]);
   Table<256>(table, tid).store(table_at, tid);
   wait_for_previous_kernel();  // which may still be reading what `out` held
   const auto decode = [&](int slot, const uint4(&mine)[4], uint4(&others)[4]) {
     const PairAhead after = look(i + 2 * step);
     if (i + step < stages)
-      fetch(next, slot ^ 1, others), async_wait<1>();
+      fetch(next, i + step, slot ^ 1, others), async_wait<1>();
     else
       async_wait<0>();
     __syncthreads();
-    if (warp < now.units) {
-      const uint32_t at = slots + slot * slot_bytes, tail = at + now.header();
+    const int row = (uint32_t)i / (uint32_t)shape.stages, number = i - row * shape.stages,
+              units = shape.units_of(number);
+    if (warp < units) {
+      const uint32_t at = slots + slot * slot_bytes, tail = at + pair_header_bytes(units);
+      const RowShifts shifts(at, lane);
       PairStreams<1> stream;
-      stream.start(0, tail, lds32(at + 4 * warp), lds_s8(at + now.units * 4 + 32 * warp + lane), lane);
-      const int unit = now.number * Pair::UNITS + warp, rows_left = rows - now.tile * TILE_ROWS - g,
+      stream.start(0, at + STAGE_HEAD + UNIT_HEAD * warp, tail, lane);
+      const int unit = number * Pair::UNITS + warp, rows_left = rows - (tile0 + row) * TILE_ROWS - g,
                 cols_left = cols - unit * UNIT_COLS - 8 * t;  // from the lane's first weight on
-      uint16_t* const to = out + (size_t)(now.tile - tile0) * TILE_ROWS * stride + unit * UNIT_COLS;
+      uint16_t* const to = out + (size_t)row * TILE_ROWS * stride + unit * UNIT_COLS;
       uint16_t* const place = to + (size_t)g * stride + 8 * t;
       uint4 top, bottom;  // eights of rows g and g + 8
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         uint32_t entry[2][1][4], a[4], b[4];
-        stream.next(table_at + lane * 4, by128, entry[0]);
-        stream.next(table_at + lane * 4, by128, entry[1]);
+        stream.next(table_at, lane * 4, entry[0]);
+        stream.next(table_at, lane * 4, entry[1]);
+        shift_back4(entry[0][0], shifts), shift_back4(entry[1][0], shifts);
         join4(a, mine[j].x, mine[j].y, entry[0][0]);
         join4(b, mine[j].z, mine[j].w, entry[1][0]);
         const uint4 v = make_uint4(a[0], a[2], b[0], b[2]), w = make_uint4(a[1], a[3], b[1], b[3]);
@@ -151,14 +159,14 @@ __device__ __forceinline__ void decode_pairs(const uint8_t* weights, const uint3
         }
       }
       __syncwarp();
-      const int repairs = lds32(at) & 4095;  // of the stage: unit 0's words follow them
+      const int repairs = pair_repairs(at);
       for (int q = lane; q < repairs; q += 32) {
         const uint32_t e = lds32(tail + 4 * q), k = e >> 4 & 1023;
-        if ((int)k / UNIT_COLS == warp) to[(size_t)(e & 15) * stride + k % UNIT_COLS] = (uint16_t)(e >> 16);
+        if ((int)k / UNIT_COLS == warp) to[(size_t)(e & 15) * stride + k % UNIT_COLS] = repair_value(at, e);
       }
     }
     __syncthreads();
-    now = next, next = after, i += step;
+    next = after, i += step;
   };
   while (true) {
     decode(0, bytes[0], bytes[1]);

@@ -45,10 +45,12 @@ inline std::vector<int> limited_lengths(const std::vector<double>& weights, int 
   return lengths;
 }
 
+constexpr double REPAIR_COST = 48;  // in bits, of which it has 32: products spend time on it besides
+
 // A choice of symbols and what it costs. A pair is 256 e0 + e1.
 struct Symbols {
   std::vector<int> pairs, lengths, index;  // index[pair], -1 for none
-  double bits = 1e300;
+  double bits = 0, cost = 1e300;
 
   // The `whole` most frequent pairs, (0, 0), and the `halves` best of (e, 0) and (0, e).
   Symbols(const std::vector<int>& order, int whole, const std::vector<std::pair<double, int>>& halves, int half_count)
@@ -82,8 +84,8 @@ struct Symbols {
       repairs += ((instead.wrong0 && pair >> 8) + (instead.wrong1 && pair & 255)) * (double)counts[pair];
     }
     lengths = limited_lengths(weights, 8);
-    bits = repairs * 32;
-    for (size_t i = 0; i < weights.size(); i++) bits += weights[i] * lengths[i];
+    bits = repairs * 32, cost = repairs * REPAIR_COST;
+    for (size_t i = 0; i < weights.size(); i++) bits += weights[i] * lengths[i], cost += weights[i] * lengths[i];
   }
 };
 
@@ -118,7 +120,7 @@ inline Symbols choose_symbols(const std::vector<uint32_t>& counts) {
       if (half_count > (int)halves.size() || whole + half_count + 1 > 250) break;
       Symbols symbols(order, whole, halves, half_count);
       symbols.weigh(counts, whole, rest);
-      if (symbols.bits < best.bits) best = std::move(symbols);
+      if (symbols.cost < best.cost) best = std::move(symbols);
     }
     if (whole < asked) break;
   }

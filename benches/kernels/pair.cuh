@@ -26,11 +26,13 @@ class PairMatrix {
       : device_(device), dense_(dense), shape_(dense.rows, dense.cols) {
     const size_t stages = (size_t)shape_.tiles * shape_.stages;
     offsets_ = Buffer<uint32_t>(stages + 1);
+    shifts_ = Buffer<uint8_t>(dense.rows), levels_ = Buffer<uint32_t>(dense.rows),
+    mean_ = Buffer<unsigned long long>(2);
     make_code(block_rows);
     const Buffer<uint32_t> sizes(stages), totals(3);
     totals.fill(0, 3);
-    each_block(block_rows, [&](const uint16_t* from, int rows, int stages, uint32_t* offsets) {
-      size(from, rows, stages, sizes.get(), nullptr);
+    each_block(block_rows, [&](const uint16_t* from, int row, int rows, int stages, uint32_t* offsets) {
+      size(from, row, rows, stages, sizes.get(), nullptr);
       pair_scan<<<1, 1024>>>(sizes.get(), stages, dense.cols, offsets, totals.get());
     });
     uint32_t pieces[3];  // of 16 bytes: in all, in the largest stage, at most besides signs and mantissas
@@ -41,8 +43,8 @@ class PairMatrix {
     weights_ = Buffer<uint8_t>(bytes_);
     if (possible) {
       weights_.fill(0xEE, bytes_);  // whatever packing forgets is no weight
-      each_block(block_rows, [&](const uint16_t* from, int rows, int stages, uint32_t* offsets) {
-        pack(from, rows, stages, offsets, nullptr);
+      each_block(block_rows, [&](const uint16_t* from, int row, int rows, int stages, uint32_t* offsets) {
+        pack(from, row, rows, stages, offsets, nullptr);
       });
     }
     CUDA(cudaDeviceSynchronize());
@@ -75,22 +77,26 @@ class PairMatrix {
 
   Launch plan(int batch, Type x_type, bool programmatic) const {
     const int columns = batch * (x_type + 1);
-    const auto fits = [&](int slabs, int slots) {
-      return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_) <= device_.shared_limit;
+    const auto fits = [&](int slabs, int slots, int keep) {
+      return pair_shared_bytes(dense_.cols, slabs, columns, slots, slot_bytes_, keep) <= device_.shared_limit;
     };
     Launch launch;
     Product& p = launch.product();
     p.weights = weights_.get(), p.overflow = table_.get(), launch.pair.offsets = offsets_.get();
-    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type, p.keep = pair_tiles_kept(columns);
+    p.rows = dense_.rows, p.cols = dense_.cols, p.batch = batch, p.x_type = x_type;
     launch.pair.slot_bytes = slot_bytes_;
     int slabs = 1;
-    while (slabs <= shape_.stages && !fits(slabs, 5)) slabs++;
+    while (slabs <= shape_.stages && !fits(slabs, 5, 1)) slabs++;
     launch.fits = slabs <= shape_.stages;
     if (!launch.fits) return launch;
     while (shape_.tiles * slabs * 2 <= device_.multiprocessors && slabs < shape_.stages) slabs++;
-    p.slots = fits(slabs, 6) ? 6 : 5, p.in_flight = programmatic ? 2 : 3;
+    p.keep = PAIR_MOST_KEPT;
+    while (!fits(slabs, 5, p.keep)) p.keep--;
+    p.slots = 5;
+    while (p.slots < PAIR_MAX_SLOTS && fits(slabs, p.slots + 1, p.keep)) p.slots++;
+    p.in_flight = programmatic ? 2 : 3;
     launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = BLOCK;
-    launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_);
+    launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_, p.keep);
     launch.split(device_, slabs, shape_.tiles, columns);
     return launch;
   }
@@ -98,24 +104,29 @@ class PairMatrix {
   const Shape<Pair>& shape() const { return shape_; }
   const uint32_t* offsets() const { return offsets_.get(); }
 
-  // The passes of packing, each over `rows` dense rows of `stages` stages.
-  void count(const uint16_t* from, int rows, uint32_t* counts, cudaStream_t stream) const {
-    pair_count<<<264, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, counts);
+  // The passes of packing, each over `rows` dense rows from row `row` on, of `stages` stages.
+  void count(const uint16_t* from, int row, int rows, uint32_t* counts, cudaStream_t stream) const {
+    pair_levels<<<ceil_div(rows, 8), 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, row == 0, levels_.get(),
+                                                       mean_.get());
+    pair_count<<<264, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, levels_.get(), mean_.get(),
+                                        shifts_.get() + row, counts);
   }
-  void size(const uint16_t* from, int rows, int stages, uint32_t* sizes, cudaStream_t stream) const {
-    pair_size<<<stages, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, codes_.get(), filler_, sizes);
+  void size(const uint16_t* from, int row, int rows, int stages, uint32_t* sizes, cudaStream_t stream) const {
+    pair_size<<<stages, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, shifts_.get() + row, codes_.get(),
+                                          filler_, sizes);
   }
-  void pack(const uint16_t* from, int rows, int stages, const uint32_t* offsets, cudaStream_t stream) const {
-    pair_pack<<<stages, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, codes_.get(), filler_, offsets,
-                                          weights_.get());
+  void pack(const uint16_t* from, int row, int rows, int stages, const uint32_t* offsets, cudaStream_t stream) const {
+    pair_pack<<<stages, 256, 0, stream>>>(from, rows, dense_.cols, dense_.stride, shifts_.get() + row, codes_.get(),
+                                          filler_, offsets, weights_.get());
   }
 
  private:
   void make_code(int block_rows) {
     const Buffer<uint32_t> counts(65536);
-    counts.fill(0, 65536);
-    each_block(block_rows,
-               [&](const uint16_t* from, int rows, int, uint32_t*) { count(from, rows, counts.get(), nullptr); });
+    counts.fill(0, 65536), mean_.fill(0, 2);
+    each_block(block_rows, [&](const uint16_t* from, int row, int rows, int, uint32_t*) {
+      count(from, row, rows, counts.get(), nullptr);
+    });
     std::vector<uint32_t> counted(65536);
     counts.download(counted.data(), 65536);
     const CodeOfPairs code = make_code_of_pairs(counted);
@@ -124,12 +135,12 @@ class PairMatrix {
     codes_.upload(code.codes.data(), 65536), table_.upload(code.table.data(), 256);
   }
 
-  // Calls use(dense rows, how many, their stages, their offsets) for each block of rows.
+  // Calls use(dense rows, the first, how many, their stages, their offsets) for each block of rows.
   template <class Use>
   void each_block(int block_rows, const Use& use) const {
     for (int row = 0; row < dense_.rows; row += block_rows) {
       const int rows = std::min(block_rows, dense_.rows - row);
-      use(dense_.weights.get() + (size_t)row * dense_.stride, rows, ceil_div(rows, TILE_ROWS) * shape_.stages,
+      use(dense_.weights.get() + (size_t)row * dense_.stride, row, rows, ceil_div(rows, TILE_ROWS) * shape_.stages,
           offsets_.get() + (size_t)(row / TILE_ROWS) * shape_.stages);
     }
   }
@@ -142,7 +153,9 @@ class PairMatrix {
   double code_bits_;
   Buffer<uint8_t> weights_;
   Buffer<uint16_t> codes_;
-  Buffer<uint32_t> table_, offsets_;
+  Buffer<uint32_t> table_, offsets_, levels_;
+  Buffer<uint8_t> shifts_;
+  Buffer<unsigned long long> mean_;
 };
 
 }  // namespace bench

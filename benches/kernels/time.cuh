@@ -87,11 +87,11 @@ inline void time_conversions(const PairMatrix& packed, const DenseMatrix& dense,
       [&](int i, cudaStream_t stream) { packed.decode(copies.of(i), out, BF16, dense.cols, 0, shape.tiles, stream); },
       5);
   const double count =
-      time_launches(3, [&](int, cudaStream_t stream) { packed.count(from, dense.rows, counts.get(), stream); }, 3);
+      time_launches(3, [&](int, cudaStream_t stream) { packed.count(from, 0, dense.rows, counts.get(), stream); }, 3);
   const double size = time_launches(
-      3, [&](int, cudaStream_t stream) { packed.size(from, dense.rows, stages, sizes.get(), stream); }, 3);
+      3, [&](int, cudaStream_t stream) { packed.size(from, 0, dense.rows, stages, sizes.get(), stream); }, 3);
   const double pack = time_launches(
-      3, [&](int, cudaStream_t stream) { packed.pack(from, dense.rows, stages, packed.offsets(), stream); }, 3);
+      3, [&](int, cudaStream_t stream) { packed.pack(from, 0, dense.rows, stages, packed.offsets(), stream); }, 3);
   printf("  count %.0f us, size %.0f us, pack %.0f us, decode to memory %.1f us = %.2f T weights/s\n", count, size,
          pack, decode, per_second((double)dense.rows * dense.cols, decode));
 }

@@ -46,8 +46,9 @@ impl Choice {
 
 static MEASURE: AtomicBool = AtomicBool::new(true);
 
-/// Lets `auto` time layouts when a shape is met first, and remember the fastest. It is on, unless the environment has
-/// `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices.
+/// Lets `auto` time layouts when a shape is met first, and matrices of GGUF files the ways to multiply them, and remember the
+/// fastest. It is on, unless the environment has `TAPER_MEASURE=0`; without it `auto` takes `fixed` for BF16 matrices, and
+/// others are multiplied by a rule.
 pub fn set_measuring(on: bool) {
     MEASURE.store(on, Ordering::Relaxed);
 }

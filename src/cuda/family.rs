@@ -49,7 +49,7 @@ impl Family {
     ];
 
     /// What its kernels' names begin with.
-    fn prefix(self) -> String {
+    pub fn prefix(self) -> String {
         match self {
             Family::Fixed => "fixed".into(),
             Family::Int8 => "int8".into(),

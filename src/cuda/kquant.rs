@@ -50,7 +50,7 @@ impl CudaWeight {
         }
         let pack = || {
             let kernels = Kernels::of(device)?;
-            let packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
+            let mut packed = Packed::from_blocks(kernels, device, Family::Blocks(ty), Geometry { rows, cols })?;
             // Whole tiles, and at least one.
             let step = (CHUNK / row_bytes / TILE_ROWS).max(1) * TILE_ROWS;
             let mut chunk = Vec::with_capacity(step.min(rows) * row_bytes);
@@ -67,7 +67,8 @@ impl CudaWeight {
             }
             // Products may fetch weights before the kernel that they follow has ended, so weights must be complete by then.
             driver(device.cuda_stream().synchronize())?;
-            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, "as the file has them"))
+            let why = packed.choose_shares()?;
+            Ok(CudaWeight::of(Kept::Fused(Box::new(packed)), Dtype::F32, &format!("as the file has them; {why}")))
         };
         pack().map_err(|e| no_room(e, &format!("a {rows}x{cols} matrix of {ty}")))
     }
@@ -80,7 +81,16 @@ impl Packed {
         let bytes = rows.div_ceil(TILE_ROWS) * tile_bytes(family, cols);
         let weights = device.alloc_zeros::<u8>(bytes).map_err(|e| out_of_memory(e, bytes, "a matrix"))?;
         let overflow = device.alloc_zeros::<u32>(1)?;
-        Ok(Packed { kernels, device: device.clone(), family, geometry, weights, overflow, row_scale: None })
+        Ok(Packed {
+            kernels,
+            device: device.clone(),
+            family,
+            geometry,
+            weights,
+            overflow,
+            row_scale: None,
+            preferred: Vec::new(),
+        })
     }
 
     /// Enqueues the upload and the laying out of `count` rows of blocks from row `start`, a multiple of 16, on.

@@ -216,26 +216,22 @@ impl LaunchShape {
         let columns = batch * parts;
         let kernel = [8, 16].iter().position(|&most| columns <= most)?;
         let (stages, tiles) = (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS));
-        let keep = match columns {
-            ..=1 => 8,
-            2..=4 => 2,
-            _ => 1,
-        };
-        let shared = |slabs: usize, slots: usize| {
+        let shared = |slabs: usize, slots: usize, keep: usize| {
             let width = stages.div_ceil(slabs) * Family::UNITS * UNIT_COLS;
             PAIR_TABLE + slots * slot + 256 + 320 + keep * columns * 512 + columns * (2 * width + 64)
         };
-        let mut slabs = (1..=stages).find(|&slabs| shared(slabs, 5) <= room)?;
+        let mut slabs = (1..=stages).find(|&slabs| shared(slabs, 5, 1) <= room)?;
         while tiles * slabs * 2 <= processors && slabs < stages {
             slabs += 1;
         }
-        let slots = if shared(slabs, 6) <= room { 6 } else { 5 };
+        let keep = (1..=8).rev().find(|&keep| shared(slabs, 5, keep) <= room)?;
+        let slots = (5..=8).rev().find(|&slots| shared(slabs, slots, keep) <= room)?;
         let shape = LaunchShape {
             kernel,
             groups: tiles.min((processors / slabs).max(1)),
             slabs,
             threads: 288,
-            shared: shared(slabs, slots),
+            shared: shared(slabs, slots, keep),
             slots,
             in_flight: if programmatic { 2 } else { 3 },
             keep,

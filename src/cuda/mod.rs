@@ -48,6 +48,7 @@ mod pair_code;
 mod pair_packing;
 mod plan;
 mod pointwise;
+mod prefer;
 mod prefill;
 mod product;
 mod rans;

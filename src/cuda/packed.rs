@@ -12,6 +12,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, LaunchArgs, L
 
 use super::family::{Family, TILE_ROWS, stages};
 use super::kernels::{Kernels, driver};
+use super::shares::Share;
 use crate::codec::{Dtype, Geometry};
 use crate::matrix::GpuLayout;
 use crate::{Error, Result};
@@ -27,6 +28,8 @@ pub(super) struct Packed {
     pub(super) overflow: CudaSlice<u32>,
     /// A factor for each row.
     pub(super) row_scale: Option<CudaSlice<f32>>,
+    /// How up to so many rows of activations are multiplied where there are several ways; by a rule if it says nothing.
+    pub(super) preferred: Vec<(usize, Share)>,
 }
 
 impl fmt::Debug for Packed {

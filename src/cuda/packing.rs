@@ -97,7 +97,7 @@ impl Packed {
             FactorsOf::Rows(scales) => (Some(device.clone_htod(scales)?), None),
             FactorsOf::Tiles(scales) => (None, Some(device.clone_htod(scales)?)),
         };
-        let packed = Packed { kernels, device, family, geometry, weights, overflow, row_scale };
+        let packed = Packed { kernels, device, family, geometry, weights, overflow, row_scale, preferred: Vec::new() };
         let block = stream.block_rows(Dtype::Bf16);
         let mut passes = Passes {
             capacity: capacity as u32,

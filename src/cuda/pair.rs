@@ -27,6 +27,7 @@ const COLUMNS: usize = 16;
 
 /// The kernels of the layout.
 pub(super) struct PairKernels {
+    pub levels: CudaFunction,
     pub count: CudaFunction,
     pub size: CudaFunction,
     pub scan: CudaFunction,
@@ -41,6 +42,7 @@ impl PairKernels {
     pub fn load(module: &Arc<CudaModule>, shared: i32) -> Result<PairKernels> {
         let plain = |name| Ok::<_, Error>(function(module, name, 0)?.0);
         Ok(PairKernels {
+            levels: plain("pair_levels")?,
             count: plain("pair_count")?,
             size: plain("pair_size")?,
             scan: plain("pair_scan")?,

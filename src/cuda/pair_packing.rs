@@ -50,7 +50,11 @@ impl Packing<'_> {
         let row = stages(geometry.cols);
         let all = geometry.rows.div_ceil(TILE_ROWS) * row;
         let counts = device.alloc_zeros::<u32>(1 << 16)?;
-        self.each_block(|packing, rows| packing.count(rows.len(), &counts))?;
+        let shifts = RowShifts::new(stream)?;
+        self.each_block(|packing, rows| {
+            packing.levels(rows.clone(), &shifts)?;
+            packing.count(rows, &shifts, &counts)
+        })?;
         let counted = driver(device.cuda_stream().clone_dtoh(&counts))?;
         stream.check()?;
         let code = PairCode::new(&counted);
@@ -58,11 +62,11 @@ impl Packing<'_> {
         if code.bits > 8.0 {
             return Ok(None);
         }
-        let codes = (&device.clone_htod(&code.codes)?, code.filler as i32);
+        let codes = (&shifts, &device.clone_htod(&code.codes)?, code.filler as i32);
         let (mut sizes, mut offsets) = (zeros(stream, all)?, zeros(stream, all + 1)?);
         let totals = device.alloc_zeros::<u32>(3)?;
         self.each_block(|packing, rows| {
-            packing.size(rows.len(), codes, &mut sizes)?;
+            packing.size(rows.clone(), codes, &mut sizes)?;
             packing.scan(rows, &sizes, &mut offsets, &totals)
         })?;
         drop(sizes);
@@ -104,24 +108,40 @@ impl Packing<'_> {
         (rows.start / TILE_ROWS * row, rows.len().div_ceil(TILE_ROWS) * row)
     }
 
-    /// Adds the pairs of exponents of the decoded rows to `counts`.
-    fn count(&self, rows: usize, counts: &CudaSlice<u32>) -> Result<()> {
+    /// How large the weights of the decoded rows are, each row's.
+    fn levels(&self, rows: Range<usize>, shifts: &RowShifts) -> Result<()> {
+        let stream = self.stream.device().cuda_stream();
+        let (levels, first, blocks) =
+            (shifts.levels.slice(rows.clone()), i32::from(rows.start == 0), rows.len().div_ceil(8));
+        let (rows, cols) = (rows.len() as i32, self.stream.geometry().cols as i32);
+        let mut launch = stream.launch_builder(&self.stream.kernels().pair.levels);
+        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(&first).arg(&levels).arg(&shifts.mean);
+        // SAFETY: the workspace holds the rows; there is a level for each, and the mean has two words.
+        driver(unsafe { launch.launch(config(blocks, 256)) })?;
+        Ok(())
+    }
+
+    /// Chooses the decoded rows' shifts, and adds their pairs of shifted exponents to `counts`.
+    fn count(&self, rows: Range<usize>, shifts: &RowShifts, counts: &CudaSlice<u32>) -> Result<()> {
         let (kernels, stream) = (self.stream.kernels(), self.stream.device().cuda_stream());
-        let (rows, cols) = (rows as i32, self.stream.geometry().cols as i32);
+        let (levels, of_rows) = (shifts.levels.slice(rows.clone()), shifts.shifts.slice(rows.clone()));
+        let (rows, cols) = (rows.len() as i32, self.stream.geometry().cols as i32);
         let mut launch = stream.launch_builder(&kernels.pair.count);
-        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(counts);
-        // SAFETY: the workspace holds the rows; counts are 65,536 words, added to by atomic operations.
+        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols);
+        launch.arg(&levels).arg(&shifts.mean).arg(&of_rows).arg(counts);
+        // SAFETY: as above; there is a shift for each row, and counts are 65,536 words, added to by atomic operations.
         driver(unsafe { launch.launch(config(2 * kernels.processors, 256)) })?;
         Ok(())
     }
 
     /// The sizes of the stages of the decoded rows.
-    fn size(&self, rows: usize, (codes, filler): Codes, sizes: &mut CudaSlice<u32>) -> Result<()> {
+    fn size(&self, rows: Range<usize>, (shifts, codes, filler): Codes, sizes: &mut CudaSlice<u32>) -> Result<()> {
         let stream = self.stream.device().cuda_stream();
-        let (_, blocks) = self.stages(&(0..rows));
-        let (rows, cols) = (rows as i32, self.stream.geometry().cols as i32);
+        let (_, blocks) = self.stages(&rows);
+        let shifts = shifts.shifts.slice(rows.clone());
+        let (rows, cols) = (rows.len() as i32, self.stream.geometry().cols as i32);
         let mut launch = stream.launch_builder(&self.stream.kernels().pair.size);
-        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(codes).arg(&filler).arg(sizes);
+        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(&shifts).arg(codes).arg(&filler).arg(sizes);
         // SAFETY: as above; there is a size for each block.
         driver(unsafe { launch.launch(config(blocks, 256)) })?;
         Ok(())
@@ -147,13 +167,14 @@ impl Packing<'_> {
     }
 
     /// Codes the decoded rows.
-    fn pack(&self, rows: Range<usize>, (codes, filler): Codes, pair: &Pair) -> Result<()> {
+    fn pack(&self, rows: Range<usize>, (shifts, codes, filler): Codes, pair: &Pair) -> Result<()> {
         let stream = self.stream.device().cuda_stream();
         let (first, blocks) = self.stages(&rows);
+        let shifts = shifts.shifts.slice(rows.clone());
         let (rows, cols) = (rows.len() as i32, self.stream.geometry().cols as i32);
         let offsets = pair.offsets.slice(first..first + blocks + 1);
         let mut launch = stream.launch_builder(&self.stream.kernels().pair.pack);
-        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(codes).arg(&filler);
+        launch.arg(&*self.dense).arg(&rows).arg(&cols).arg(&cols).arg(&shifts).arg(codes).arg(&filler);
         launch.arg(&offsets).arg(&pair.weights);
         // SAFETY: stages have the sizes that the pass before counted, and nobody else knows of their memory yet.
         driver(unsafe { launch.launch(config(blocks, 256)) })?;
@@ -161,8 +182,24 @@ impl Packing<'_> {
     }
 }
 
-/// The codes of all pairs, and the pair for padding.
-type Codes<'a> = (&'a CudaSlice<u16>, i32);
+/// The rows' shifts, the codes of all pairs, and the pair for padding.
+type Codes<'a> = (&'a RowShifts, &'a CudaSlice<u16>, i32);
+
+/// By which powers of two a matrix's rows are divided, and what that is chosen from (`kernels/pair_code.cuh`).
+struct RowShifts {
+    levels: CudaSlice<u32>,
+    mean: CudaSlice<u64>,
+    shifts: CudaSlice<u8>,
+}
+
+impl RowShifts {
+    fn new(stream: &DeviceStream) -> Result<RowShifts> {
+        let (device, rows) = (stream.device(), stream.geometry().rows);
+        let levels = zeros(stream, rows)?;
+        let shifts = device.alloc_zeros::<u8>(rows).map_err(|e| out_of_memory(e, rows, "a table of rows"))?;
+        Ok(RowShifts { levels, mean: device.alloc_zeros::<u64>(2)?, shifts })
+    }
+}
 
 fn zeros(stream: &DeviceStream, length: usize) -> Result<CudaSlice<u32>> {
     let memory = stream.device().alloc_zeros::<u32>(length);

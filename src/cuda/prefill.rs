@@ -78,13 +78,13 @@ pub(super) struct Prefill {
     pub batch: i32,
     pub y_stride: i32,
     pub cut: i32,
-    by128: i32,
-    by8: i32,
+    pub by128: i32,
+    pub by8: i32,
     /// As `kernels/activations.cuh` numbers it: BF16 for `fixed`.
     pub y_type: i32,
     /// Of `kernels/stream.cuh`, whose activations are not arranged.
     pub x_stride: i32,
-    unused: i32,
+    pub unused: i32,
 }
 
 impl Default for Prefill {

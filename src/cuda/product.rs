@@ -164,7 +164,7 @@ impl Packed {
         let Some(each) = rows_each(batch, dtype, 64, most).filter(|_| dtype == Dtype::F32 || batch <= 64) else {
             return Ok(false);
         };
-        let Packed { kernels, device, family, geometry, weights, overflow, row_scale } = self;
+        let Packed { kernels, device, family, geometry, weights, overflow, row_scale, .. } = self;
         let (functions, row_scale) = (kernels.packed(*family)?, row_scale.as_ref());
         let factor = Factor { kernels, device, geometry: *geometry, weights, overflow, row_scale };
         let shape = |batch, parts, programmatic| {

@@ -1,5 +1,7 @@
 //! How a product with many rows of activations is shared out among a GPU's multiprocessors (`kernels/prefill.cuh`).
 
+use std::fmt;
+
 use super::family::UNIT_COLS;
 use crate::codec::Geometry;
 
@@ -22,13 +24,30 @@ pub(super) struct Width {
 const PIECES: usize = 8;
 
 /// How blocks are shared out.
-#[derive(Clone, Copy)]
-enum Cut {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
     Whole,
     /// Into so many pieces each.
     Evenly(usize),
     /// So that all of the grid have as much to do.
     Any,
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cut::Whole => write!(f, "whole"),
+            Cut::Evenly(pieces) => write!(f, "in {pieces}"),
+            Cut::Any => write!(f, "cut"),
+        }
+    }
+}
+
+/// Which of a layout's kernels multiplies, and how its blocks are shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Share {
+    pub kernel: usize,
+    pub cut: Cut,
 }
 
 /// The shares of a product.
@@ -49,44 +68,68 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The one that should take the least time: with one of the kernels, blocks whole or cut.
+    /// The one that should take the least time.
     pub fn of(widths: &[Width], geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
-        let cuts = || [Cut::Whole, Cut::Any].into_iter().chain((2..=PIECES).map(Cut::Evenly));
-        let with = |kernel| cuts().filter_map(move |cut| Plan::with(widths, kernel, cut, geometry, batch, processors));
-        let plans = (0..widths.len()).flat_map(with).filter(|(_, plan)| plan.grid > 0);
-        plans.min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, plan)| plan)
+        let plans = Plan::all(widths, geometry, batch, processors);
+        plans.min_by(|(a, ..), (b, ..)| a.total_cmp(b)).map(|(.., plan)| plan)
     }
 
-    /// One of them, and its cost.
-    fn with(
+    /// The ways to share a product out, that which should take the least time first.
+    pub fn likeliest(widths: &[Width], geometry: Geometry, batch: usize, processors: usize) -> Vec<Share> {
+        let mut plans: Vec<_> = Plan::all(widths, geometry, batch, processors).collect();
+        plans.sort_by(|(a, ..), (b, ..)| a.total_cmp(b));
+        plans.into_iter().map(|(_, share, _)| share).collect()
+    }
+
+    /// The plan of one of them; `None` if there is none for so many rows.
+    pub fn shared(widths: &[Width], share: Share, geometry: Geometry, batch: usize, processors: usize) -> Option<Plan> {
+        Plan::with(widths, share, geometry, batch, processors).map(|(.., plan)| plan)
+    }
+
+    fn all(
         widths: &[Width],
-        kernel: usize,
-        cut: Cut,
         geometry: Geometry,
         batch: usize,
         processors: usize,
-    ) -> Option<(f64, Plan)> {
-        let Width { columns, rows, unit, meeting, evenly } = widths[kernel];
+    ) -> impl Iterator<Item = (f64, Share, Plan)> {
+        let cuts = || [Cut::Whole, Cut::Any].into_iter().chain((2..=PIECES).map(Cut::Evenly));
+        let shares = (0..widths.len()).flat_map(move |kernel| cuts().map(move |cut| Share { kernel, cut }));
+        shares.filter_map(move |share| Plan::with(widths, share, geometry, batch, processors))
+    }
+
+    /// The time that one of them should take, itself, and its plan.
+    fn with(
+        widths: &[Width],
+        share: Share,
+        geometry: Geometry,
+        batch: usize,
+        processors: usize,
+    ) -> Option<(f64, Share, Plan)> {
+        let Share { kernel, cut } = share;
+        let Width { columns, rows, unit, meeting, evenly } = *widths.get(kernel)?;
         let Geometry { rows: height, cols } = geometry;
         let (units, padded) = (cols.div_ceil(UNIT_COLS), batch.next_multiple_of(columns));
         let blocks = height.div_ceil(rows) * (padded / columns);
         let plan = |grid, cut| Plan { kernel, columns, rows, padded, grid, cut };
-        match cut {
+        let (time, plan) = match cut {
             Cut::Whole => {
                 let grid = processors.min(blocks);
-                Some((unit * (blocks.div_ceil(grid.max(1)) * units) as f64, plan(grid, 0)))
+                (unit * (blocks.div_ceil(grid.max(1)) * units) as f64, plan(grid, 0))
             }
             Cut::Evenly(pieces) => {
                 let meeting = evenly.filter(|_| pieces <= units && blocks * pieces <= processors)?;
-                Some((unit * units.div_ceil(pieces) as f64 + meeting, plan(blocks * pieces, blocks)))
+                (unit * units.div_ceil(pieces) as f64 + meeting, plan(blocks * pieces, blocks))
             }
             Cut::Any => {
                 let grid = processors.min(blocks * units).max(1);
+                if blocks.is_multiple_of(grid) {
+                    return None;
+                }
                 let each = (blocks * units) as f64 / grid as f64;
-                let cut = blocks.min(blocks % grid + grid);
-                (!blocks.is_multiple_of(grid)).then(|| (unit * each + meeting, plan(grid, cut)))
+                (unit * each + meeting, plan(grid, blocks.min(blocks % grid + grid)))
             }
-        }
+        };
+        (plan.grid > 0 && processors > 0).then_some((time, share, plan))
     }
 
     /// Floats that blocks hand to each other.

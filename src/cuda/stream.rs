@@ -6,14 +6,14 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
 use super::family::Family;
 use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
 use super::packed::Packed;
 use super::prefill::Prefill;
-use super::shares::{Plan, Width};
+use super::shares::{Plan, Share, Width};
 use crate::codec::kquant::GgmlType;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
@@ -32,7 +32,7 @@ const fn width(columns: usize, rows: usize, unit: f64, meeting: [f64; 2]) -> Wid
 }
 
 /// The widths of a layout's kernels, and for how many rows of activations they are the fastest.
-fn widths(family: Family) -> Option<(&'static [Width], RangeInclusive<usize>)> {
+pub(super) fn widths(family: Family) -> Option<(&'static [Width], RangeInclusive<usize>)> {
     match family {
         Family::Fixed => Some((&FIXED, 17..=64)),
         Family::Blocks(GgmlType::Int4G128) => Some((&INTEGERS, 17..=64)),
@@ -56,22 +56,36 @@ pub(super) fn load(module: &Arc<CudaModule>, family: Family, shared: i32) -> Res
 impl Packed {
     /// Enqueues `y = x · Wᵀ` for `batch` rows of `x` in `dtype`: false, with nothing done, if other kernels are faster.
     pub(super) fn stream(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
-        let Geometry { rows, cols } = self.geometry;
+        let preferred = self.preferred.iter().find(|(most, _)| batch <= *most).map(|(_, share)| *share);
+        self.stream_as(&self.weights, (x, y), (batch, dtype), preferred)
+    }
+
+    /// The same with a copy of the weights, shared out as `share` says where that is possible.
+    pub(super) fn stream_as(
+        &self,
+        weights: &CudaSlice<u8>,
+        (x, y): (&CudaView<u8>, &mut CudaViewMut<u8>),
+        (batch, dtype): (usize, Dtype),
+        share: Option<Share>,
+    ) -> Result<bool> {
+        let (geometry, processors) = (self.geometry, self.kernels.processors);
+        let Geometry { rows, cols } = geometry;
         let Some((widths, range)) = widths(self.family) else { return Ok(false) };
         if !self.kernels.warpgroups || dtype != Dtype::Bf16 || !range.contains(&batch) {
             return Ok(false);
         }
-        if batch * cols * 2 > x.len() || batch * rows * 2 > y.len() {
+        if batch * cols * 2 > x.len() || batch * rows * 2 > y.len() || weights.len() != self.weights.len() {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
-        let Some(plan) = Plan::of(widths, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let shared = share.and_then(|share| Plan::shared(widths, share, geometry, batch, processors));
+        let Some(plan) = shared.or_else(|| Plan::of(widths, geometry, batch, processors)) else { return Ok(false) };
         let Some((function, shared)) = self.kernels.packed(self.family)?.stream.get(plan.kernel) else {
             return Ok(false);
         };
         let stream = self.device.cuda_stream();
         // A block may have pieces of two.
         self.kernels.scratch.product(&self.device, 2 * plan.partial(), 0, |partial, arrived| {
-            let (weights, _weights) = self.weights.device_ptr(&stream);
+            let (weights, _weights) = weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let (x, _x) = x.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);

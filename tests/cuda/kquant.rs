@@ -3,6 +3,7 @@
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::codec::kquant::{GgmlType, dequantize};
+use candle_taper::cuda::{CudaWeight, set_measuring};
 use candle_taper::models::{KQuantLlama, gguf};
 use candle_taper::nn::{KQuantEmbedding, KQuantLinear};
 use candle_taper::ops::Blocks;
@@ -13,7 +14,7 @@ use crate::common::gguf_model::write;
 use crate::common::int4::{FORMATS, Packed};
 use crate::common::kquant::{QUANTIZED, blocks};
 use crate::products::activations;
-use crate::{captured_and_replayed, gpu, values, whole_gpu};
+use crate::{captured_and_replayed, cuda, gpu, values, whole_gpu};
 
 /// A matrix of random blocks: the file's bytes, and what they stand for.
 pub struct Matrix {
@@ -59,6 +60,28 @@ fn same(got: &[f32], expected: impl Iterator<Item = f32>, what: &str) {
         let equal = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
         assert!(equal, "{what}: {got}, not {expected} (element {i})");
     }
+}
+
+/// How a matrix is multiplied is chosen once for each shape, by timing, and remembered; whatever is chosen, products are right.
+#[test]
+fn ways_to_multiply_are_timed_once() {
+    let Some(device) = whole_gpu() else { return };
+    let matrix = Matrix::new(GgmlType::Q4_K, 2304, 1024, 9);
+    let why = || {
+        let (shape, device) = (matrix.shape, cuda(&device));
+        let weight = CudaWeight::from_blocks(matrix.ty, shape, &matrix.data, |row| row, device, &|_| ()).unwrap();
+        weight.why().to_string()
+    };
+    let (first, again) = (why(), why());
+    println!("{first}\n{again}");
+    assert!(first.contains("up to 32 rows: ") && again.contains("(remembered)"));
+    let layer = matrix.linear(&device);
+    for m in [1, 24, 40, 100] {
+        check(&device, &layer, &matrix, &activations(m, 1024, 3), DType::BF16);
+    }
+    set_measuring(false);
+    assert!(why().contains("by rule"));
+    set_measuring(true);
 }
 
 #[test]
