@@ -16,7 +16,7 @@ struct Prefill {
   int cut;         // blocks that are cut into pieces
   int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
   int y_type;      // as activations.cuh numbers it; bf16 but for fp8.cuh
-  int x_stride, cluster;  // of stream.cuh
+  int x_stride;    // of stream.cuh
 };
 
 struct Arrange {

@@ -32,25 +32,11 @@ struct Stream {
                        X_SLOTS = FIT > 6 ? 6 : FIT, RINGS_AT = X_SLOTS * X_BYTES,
                        SCRATCH_AT = RINGS_AT + WARPS * SLOTS * SLOT_BYTES, BARRIERS_AT = SCRATCH_AT + WGS * SCRATCH,
                        BYTES = BARRIERS_AT + BARRIERS;
-  static_assert(WGS * N * 256 <= RINGS_AT + WARPS * SLOTS * SLOT_BYTES, "");  // sums of a cluster's block
   static_assert(X_SLOTS >= 2 && 16 * X_SLOTS + 8 * SLOTS * WARPS <= BARRIERS && SLOT_BYTES % 16 == 0, "");
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // ---- PTX that only this kernel needs ----
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// What lies in the shared memory of block `rank` of the cluster where `at` lies in one's own.
-__device__ __forceinline__ float4 lds_float4_of(uint32_t at, uint32_t rank) {
-  float4 v;
-  asm volatile(
-      "{\n\t.reg .b32 r;\n\tmapa.shared::cluster.u32 r, %4, %5;\n\tld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [r];\n\t}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(at), "r"(rank)
-      : "memory");
-  return v;
-}
 __device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
   uint32_t v;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
@@ -223,7 +209,6 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
     Turn<S::SLOTS> turn;
     uint32_t left = 0, unit_at = ring;  // units of the slot that are yet to be read
     constexpr bool APART = StreamUnit<L>::APART;
-    constexpr int TOGETHER = StreamUnit<L>::TOGETHER;
     StreamUnit<L> unit;
     const uint32_t x_first = (uint32_t)b_descriptor(xs, N * 16);
     const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
@@ -232,7 +217,8 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
     const auto plane = [&](uint32_t block, bool later, uint32_t of) {
       return (float4*)p.partial + (((size_t)block * 2 + later) * WGS + of) * (N / 8) * 128 + place;
     };
-    float c[N / 8][4];
+    float c[N / 8][4], apart[APART ? N / 8 : 1][4];
+    uint32_t a[4][8];
     const auto load = [&](uint32_t u) {
       if (left == 0) {
         mbarrier_wait(full + 8 * turn.slot, turn.phase);
@@ -245,42 +231,41 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
 #pragma unroll
       for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
       load(piece.first);
+      unit.vector(p, 0, a[0], mine, lane);
       uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
-      float apart[APART ? N / 8 : 1][4];
 #pragma unroll 1
       for (uint32_t u = piece.first; u < piece.last; u++) {
-        uint32_t a[TOGETHER < 4 ? 2 : 1][TOGETHER][8];
         float scale[2];
         if constexpr (APART) {
 #pragma unroll
           for (int i = 0; i < N / 2; i++) apart[i / 4][i % 4] = 0;
           scale[0] = unit.scale(0), scale[1] = unit.scale(1);
         }
+        mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
+        const uint32_t x = x_first + x_turn.slot * (S::X_BYTES / 16);
 #pragma unroll
-        for (int j = 0; j < 4; j += TOGETHER) {
-          uint32_t(&now)[TOGETHER][8] = a[j / TOGETHER & 1];
-          unit.vectors(p, j, now, mine, lane);
-          if (j == 0) mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
+        for (int j = 0; j < 4; j++) {
           wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < 2 * TOGETHER; k++) {
-            const uint64_t x = descriptor(x_first + x_turn.slot * (S::X_BYTES / 16) + j * (N * 4) + k * (N * 2));
+          for (int k = 0; k < 2; k++)
             if constexpr (APART)
-              wgmma<false>(apart, now[k / 2] + k % 2 * 4, x);
+              wgmma<false>(apart, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
             else
-              wgmma<false>(c, now[k / 2] + k % 2 * 4, x);
-          }
+              wgmma<false>(c, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
           wgmma_commit();
-          if (j == 4 - TOGETHER) {
+          // The next vector is decoded while the tensor cores have this one's and perhaps that before.
+          if (j < 3)
+            unit.vector(p, j + 1, a[j + 1], mine, lane);
+          if (j == 2) {
             unit_at += L::UNIT_BYTES;
             if (--left == 0) {  // all that was read there has been decoded
               __syncwarp();
               fetch(turn.slot);
               turn.next();
             }
-            if (u + 1 < piece.last) load(u + 1);
           }
-          wgmma_wait<(TOGETHER < 4)>();
+          if (j == 3 && u + 1 < piece.last) load(u + 1), unit.vector(p, 0, a[0], mine, lane);
+          wgmma_wait<1>();
           if (j == 0 && used && lane == 0) mbarrier_arrive(used);
         }
         if constexpr (APART) {
@@ -299,15 +284,6 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
       if (lane == 0) mbarrier_arrive(used);
 
-      if (p.cluster > 1) {  // the rest of the cluster have the rest
-        bar_sync<8, 32 * S::WARPS>();  // nobody reads activations or weights any more
-        const uint32_t to = xs + half * (N / 8 * 2048) + place * 16;
-#pragma unroll
-        for (int i = 0; i < N / 8; i++)
-          sts128(to + i * 2048, make_uint4(__float_as_uint(c[i][0]), __float_as_uint(c[i][1]), __float_as_uint(c[i][2]),
-                                           __float_as_uint(c[i][3])));
-        continue;
-      }
       if (piece.last - piece.first < piece.units) {  // others have the rest
         float4* to = plane(me, piece.first > 0, half);
 #pragma unroll
@@ -320,50 +296,33 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       store_results<N>(p, c, (piece.block / wide * S::WARPS + 4 * half) * TILE_ROWS, piece.block % wide * N, scratch,
                        half, place, pack_bf16);
     }
-    // Adds up a block that was cut: everybody who has a piece of it some chunks, 16 columns of a warpgroup's rows.
-    // get(other, of, i): of the other's piece and warpgroup `of` the i-th eight columns.
-    const auto add = [&](uint32_t block, uint32_t rank, uint32_t count, auto get) {
-#pragma unroll 1
-      for (uint32_t chunk = rank + half * count; chunk < WGS * N / 16; chunk += WGS * count) {
-        const uint32_t of = chunk % WGS, s = chunk / WGS;
-        float sum[2][4] = {};
-#pragma unroll 4
-        for (uint32_t other = 0; other < count; other++)
-#pragma unroll
-          for (int k = 0; k < 2; k++) {
-            const float4 v = get(other, of, 2 * s + k);
-            sum[k][0] += v.x, sum[k][1] += v.y, sum[k][2] += v.z, sum[k][3] += v.w;
-          }
-        store_results<16>(p, sum, (block / wide * S::WARPS + 4 * of) * TILE_ROWS, block % wide * N + 16 * s, scratch,
-                          half, place, pack_bf16);
-      }
-    };
+    // Blocks that were cut: everybody who has a piece of one adds up some chunks of it, 16 columns of 64 rows each.
     const auto join = [&](uint32_t block) {
       const uint32_t first = block * pieces.units, owner = pieces.owner(first, grid),
                      count = pieces.owner(first + pieces.units - 1, grid) - owner + 1;
       uint32_t* const arrived = p.arrived + 2 * owner;
       if (threadIdx.x == 0) await_count(arrived, count);
       bar_sync<8, 32 * S::WARPS>();
-      add(block, me - owner, count, [&](uint32_t other, uint32_t of, uint32_t i) {
-        return __ldcg(plane(owner + other, other > 0, of) + i * 128);
-      });
+#pragma unroll 1
+      for (uint32_t chunk = me - owner + half * count; chunk < WGS * N / 16; chunk += WGS * count) {
+        const uint32_t of = chunk % WGS, s = chunk / WGS;
+        float sum[2][4] = {};
+#pragma unroll 4
+        for (uint32_t other = 0; other < count; other++)
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const float4 v = __ldcg(plane(owner + other, other > 0, of) + (2 * s + k) * 128);
+            sum[k][0] += v.x, sum[k][1] += v.y, sum[k][2] += v.z, sum[k][3] += v.w;
+          }
+        store_results<16>(p, sum, (block / wide * S::WARPS + 4 * of) * TILE_ROWS, block % wide * N + 16 * s, scratch,
+                          half, place, pack_bf16);
+      }
       bar_sync<8, 32 * S::WARPS>();
       if (threadIdx.x == 0 && atomic_add_ordered(arrived + 1, 1) == count - 1) arrived[0] = arrived[1] = 0;
     };
-    if (p.cluster > 1) {
-      cluster_sync();
-      add(me / p.cluster, me % p.cluster, p.cluster, [&](uint32_t other, uint32_t of, uint32_t i) {
-        return lds_float4_of(xs + (of * (N / 8) + i) * 2048 + place * 16, other);
-      });
-    } else {
-      const uint32_t begin = pieces.start(me, grid), end = pieces.start(me + 1, grid), units = pieces.units;
-      if (begin < end && (begin % units || end - begin < units)) join(begin / units);
-      if (begin < end && end % units && end / units != begin / units) join(end / units);
-    }
-  }
-  if (p.cluster > 1) {
-    if (warp >= S::WARPS) cluster_sync();
-    cluster_sync();  // nobody reads the sums of a block that is gone
+    const uint32_t begin = pieces.start(me, grid), end = pieces.start(me + 1, grid), units = pieces.units;
+    if (begin < end && (begin % units || end - begin < units)) join(begin / units);
+    if (begin < end && end % units && end / units != begin / units) join(end / units);
   }
 #endif
 }

@@ -12,11 +12,6 @@ namespace taper {
 template <class L>
 struct StreamUnit {
   static constexpr bool APART = L::GROUP == 128;
-#ifdef KT
-  static constexpr int TOGETHER = KT;
-#else
-  static constexpr int TOGETHER = 1;
-#endif
   typename L::C::Raw raw[4];
   typename L::S scales;
   __device__ __forceinline__ void load(const Prefill&, uint32_t at, uint32_t trailer, int u, int lane) {
@@ -28,11 +23,8 @@ struct StreamUnit {
     if constexpr (APART) return scales.scale[h];
     return 1;
   }
-  __device__ __forceinline__ void vectors(const Prefill&, int first, uint32_t (&a)[TOGETHER][8], uint32_t, int) const {
-#pragma unroll
-    for (int i = 0; i < TOGETHER; i++) vector(first + i, a[i]);
-  }
-  __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
+  // scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void vector(const Prefill&, int j, uint32_t (&a)[8], uint32_t, int) const {
     if constexpr (APART) return integers<L>(raw[j], scales, two_128(), a);
     constexpr int AWAY = L::MAGIC + L::ZERO, GROUPS = L::GROUP == 16 ? 2 : 1;
     constexpr uint32_t MINUS = 0x80008000u | (AWAY == 128   ? 0x43004300u
@@ -115,38 +107,22 @@ struct StreamRepairs {
 template <>
 struct StreamUnit<Fixed> {
   static constexpr bool APART = false;
-#ifdef FT
-  static constexpr int TOGETHER = FT;
-#else
-  static constexpr int TOGETHER = 2;
-#endif
   Fixed::Unit unit;
   StreamRepairs repairs;
   uint32_t mine;  // where the lane's 16 bytes of vector 0 are
   __device__ __forceinline__ void load(const Prefill& p, uint32_t at, uint32_t trailer, int u, int lane) {
     mine = at + 16 * lane;
     repairs.load(trailer, Fixed::EXTRA, u, lane);
-    unit.codes[0] = lds128(mine + 2048);
-#pragma unroll
-    for (int j = 0; j < TOGETHER; j++) unit.sm[j] = lds128(mine + 512 * j);
-    if (TOGETHER == 4) unit.codes[1] = lds128(mine + 2560);
+    unit.codes[0] = lds128(mine + 2048), unit.sm[0] = lds128(mine);
     unit.start(lds8(trailer + 8 + u));
     unit.by128 = p.by128, unit.by8 = p.by8;
   }
   // scratch: the warp's, 1 KB.
-  __device__ __forceinline__ void vectors(const Prefill& p, int first, uint32_t (&a)[TOGETHER][8], uint32_t scratch,
-                                          int lane) {
-#pragma unroll
-    for (int j = first; j < first + TOGETHER; j++) {
-      // The next ones come while this is decoded.
-      if (j + TOGETHER < 4) unit.sm[j + TOGETHER] = lds128(mine + 512 * (j + TOGETHER));
-      if (j == 2 - TOGETHER) unit.codes[1] = lds128(mine + 2560);
-      unit.vector(j, a[j - first]);
-    }
-    if (repairs.vectors >> first & ((1 << TOGETHER) - 1)) {
-#pragma unroll
-      for (int i = 0; i < TOGETHER; i++) repairs.patch(first + i, a[i], scratch, lane, p.overflow);
-    }
+  __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) {
+    if (j < 3) unit.sm[j + 1] = lds128(mine + 512 * (j + 1));  // comes while this one is decoded
+    if (j == 1) unit.codes[1] = lds128(mine + 2560);
+    unit.vector(j, a);
+    repairs.patch(j, a, scratch, lane, p.overflow);
   }
 };
 #endif

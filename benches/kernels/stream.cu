@@ -201,7 +201,7 @@ class Packed {
 struct Launches {
   Prefill p = {};
   Width width;
-  int grid = 0, cluster = 1;
+  int grid = 0;
 
   Launches(const Device& device, const Packed& packed, const DenseMatrix& dense, int batch, const Width& width_, int parts)
       : width(width_) {
@@ -209,28 +209,16 @@ struct Launches {
     const Shape<L>& shape = packed.shape();
     const long long blocks = ceil_div(shape.tiles, 4 * width.wgs) * (long long)ceil_div(batch, width.columns);
     if (parts > 1) {
-      cluster = parts > 8 ? parts - 7 : 1, parts -= parts > 8 ? 7 : 0;
       if (blocks * parts <= device.multiprocessors && shape.units >= parts) grid = p.cut = blocks, grid *= parts;
-      if (cluster > 1 && grid && !fits()) grid = 0;
     } else {
       grid = (int)std::min<long long>(device.multiprocessors, parts ? blocks * shape.units : blocks);
       if (parts && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
       if (parts && !p.cut) grid = 0;
     }
     p.weights = packed.weights(), p.overflow = packed.overflow();
-    p.rows = dense.rows, p.cols = dense.cols, p.batch = batch, p.cluster = cluster;
+    p.rows = dense.rows, p.cols = dense.cols, p.batch = batch;
     p.by128 = 128, p.by8 = 8;
     p.partial = device.partial.get(), p.arrived = device.arrived.get();
-  }
-  bool fits() const {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = width.threads, config.dynamicSmemBytes = width.shared;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
-    config.attrs = &attribute, config.numAttrs = 1;
-    int clusters = 0;
-    CUDA(cudaOccupancyMaxActiveClusters(&clusters, width.kernel, &config));
-    return clusters * cluster >= grid;
   }
   void run(const uint16_t* x, int x_stride, const uint8_t* weights, uint16_t* y, int y_stride, cudaStream_t stream,
            bool programmatic) {
@@ -242,8 +230,6 @@ struct Launches {
     if (programmatic)
       attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization,
       attributes[n++].val.programmaticStreamSerializationAllowed = 1;
-    if (cluster > 1)
-      attributes[n].id = cudaLaunchAttributeClusterDimension, attributes[n++].val.clusterDim = {(unsigned)cluster, 1, 1};
     config.attrs = attributes, config.numAttrs = n;
     void* arguments[] = {(void*)&p};
     CUDA(cudaLaunchKernelExC(&config, width.kernel, arguments));
@@ -290,7 +276,7 @@ static int checks = 0, failures = 0;
 
 static std::string name_of(const Width& width, int parts) {
   std::string s = std::to_string(width.columns) + "/" + std::to_string(64 * width.wgs);
-  return s + (parts > 8 ? " cluster " + std::to_string(parts - 7) : parts > 1 ? " in " + std::to_string(parts) : parts ? " cut" : "");
+  return s + (parts > 1 ? " in " + std::to_string(parts) : parts ? " cut" : "");
 }
 
 static void check(const Device& device, int rows, int cols, Kind kind, std::initializer_list<int> batches, int pad = 0,
@@ -301,7 +287,7 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
   const Packed packed(dense);
   for (int batch : batches)
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 15; parts++) {
+      for (int parts = 0; parts <= 8; parts++) {
         Launches launches(device, packed, dense, batch, width, parts);
         if (width.columns >= batch + 128 || !launches.grid) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
@@ -357,7 +343,7 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
     std::string text;
     double best = 1e9;
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 15; parts++) {
+      for (int parts = 0; parts <= 8; parts++) {
         Launches launches(device, packed, dense, batch, width, parts);
         if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid) continue;
         if (parts > 1 && launches.grid < 90) continue;
