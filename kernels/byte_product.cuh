@@ -26,6 +26,7 @@ struct PlaneColumns {
                 t * 16;
     factor[0] = t & 1 ? 1 : 65536, factor[1] = t & 1 ? 0 : 256;
   }
+  __device__ __forceinline__ void wait(int) const {}
   __device__ __forceinline__ void prefetch(int) {}
   // The row of x, and the half of the tile's rows, of sum c[i].
   __device__ __forceinline__ static int row_of(int i, int lane) {

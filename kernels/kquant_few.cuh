@@ -63,12 +63,51 @@ __device__ __forceinline__ uint4 as_halves(const uint4& raw, float up) {
   }
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
+// Sums of groups. With groups of 32 or 16 lane 4 g + t has group t's of column g, in two f16 parts: 8 bytes for the
+// pair of units, or for groups t and t + 4. With one group for each unit, sums of columns 2t and 2t + 1 as f32.
+template <class L, int NB>
+__device__ __forceinline__ void sum_unit(uint32_t xs, uint32_t table, int unit, int lane) {
+  constexpr uint32_t ONES = 0x3C003C00u;
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int nb = 0; nb < NB; nb++) {
+    const int task = unit * NB + nb;
+    float of[8][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint4 b = lds128(xs + task * 2048 + j * 512 + lane * 16);
+      const int low = L::GROUP == 16 ? 2 * j : L::GROUP == 32 ? j : 0;
+      mma_f16(of[low], ONES, ONES, ONES, ONES, b.x, b.y);
+      mma_f16(of[L::GROUP == 16 ? low + 1 : low], ONES, ONES, ONES, ONES, b.z, b.w);
+    }
+    if constexpr (L::GROUP == 128) {
+      if (g == 0) sts64(table + task * 32 + t * 8, __float_as_uint(of[0][0]), __float_as_uint(of[0][1]));
+    } else {
+#pragma unroll
+      for (int set = 0; set < (L::GROUP == 16 ? 2 : 1); set++) {
+        // Those of columns 2t and 2t + 1 are in all lanes of that t.
+        const float even = g & 2   ? g & 1 ? of[4 * set + 3][0] : of[4 * set + 2][0]
+                           : g & 1 ? of[4 * set + 1][0]
+                                   : of[4 * set][0],
+                    odd = g & 2   ? g & 1 ? of[4 * set + 3][1] : of[4 * set + 2][1]
+                          : g & 1 ? of[4 * set + 1][1]
+                                  : of[4 * set][1];
+        const float sum = __shfl_sync(~0u, g & 4 ? odd : even, 4 * (t + 4 * (g & 1)) + (g >> 1));
+        const uint32_t high = float_to_half(sum), low = float_to_half(sum - half_to_float(high));
+        const uint32_t at = L::GROUP == 16 ? table + task * 256 + lane * 8 + set * 4
+                                           : table + ((unit >> 1) * NB + nb) * 256 + lane * 8 + (unit & 1) * 4;
+        sts32(at, high | low << 16);
+      }
+    }
+  }
+}
+
 // Puts all of them into their places, and the largest magnitudes of rows, as bits of the type, into most[]. SCALED:
 // times powers of two for the rows, which are in `ups`. A thread takes the same columns of all rows, all on their way
-// at once.
+// at once; a warp takes two units, and adds them up.
 template <class L, int NB, int TYPE, bool SCALED>
-__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t* most, uint32_t ups, const Product& p, int first,
-                                             int width, int tid) {
+__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t table, uint32_t* most, uint32_t ups,
+                                             const Product& p, int first, int width, int tid) {
   const int chunks = width / 8;
   const bool whole = (((size_t)p.x | (size_t)(p.x_stride * 2)) & 15) == 0 && first + width <= p.cols;
   for (int chunk = tid; chunk - tid % 32 < chunks; chunk += FEW_THREADS) {  // whole warps
@@ -107,54 +146,18 @@ __device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t* most, uint32
         put(row, there ? load_eight((const uint16_t*)p.x + (size_t)row * p.x_stride, first + 8 * chunk, p.cols, false)
                        : make_uint4(0, 0, 0, 0));
     }
+    __syncwarp();
+    for (int unit = chunk / 32 * 2; unit < min(chunk / 32 * 2 + 2, width / UNIT_COLS); unit++)
+      sum_unit<L, NB>(xs, table, unit, tid % 32);
   }
 }
 template <class L, int NB, bool SCALED>
-__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t* most, uint32_t ups, const Product& p, int first,
-                                             int width, int tid) {
+__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t table, uint32_t* most, uint32_t ups,
+                                             const Product& p, int first, int width, int tid) {
   if (p.x_type == F16)
-    arrange_rows<L, NB, F16, SCALED>(xs, most, ups, p, first, width, tid);
+    arrange_rows<L, NB, F16, SCALED>(xs, table, most, ups, p, first, width, tid);
   else
-    arrange_rows<L, NB, BF16, SCALED>(xs, most, ups, p, first, width, tid);
-}
-
-// Sums of groups. With groups of 32 or 16 lane 4 g + t has group t's of column g, in two f16 parts: 8 bytes for the
-// pair of units, or for groups t and t + 4. With one group for each unit, sums of columns 2t and 2t + 1 as f32.
-template <class L, int NB>
-__device__ __forceinline__ void sum_rows(uint32_t xs, uint32_t table, int units, int warp, int lane) {
-  constexpr uint32_t ONES = 0x3C003C00u;
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll 2
-  for (int task = warp; task < units * NB; task += FEW_THREADS / 32) {
-    const int unit = task / NB, nb = task - unit * NB;
-    float of[8][4] = {};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint4 b = lds128(xs + task * 2048 + j * 512 + lane * 16);
-      const int low = L::GROUP == 16 ? 2 * j : L::GROUP == 32 ? j : 0;
-      mma_f16(of[low], ONES, ONES, ONES, ONES, b.x, b.y);
-      mma_f16(of[L::GROUP == 16 ? low + 1 : low], ONES, ONES, ONES, ONES, b.z, b.w);
-    }
-    if constexpr (L::GROUP == 128) {
-      if (g == 0) sts64(table + task * 32 + t * 8, __float_as_uint(of[0][0]), __float_as_uint(of[0][1]));
-    } else {
-#pragma unroll
-      for (int set = 0; set < (L::GROUP == 16 ? 2 : 1); set++) {
-        // Those of columns 2t and 2t + 1 are in all lanes of that t.
-        const float even = g & 2   ? g & 1 ? of[4 * set + 3][0] : of[4 * set + 2][0]
-                           : g & 1 ? of[4 * set + 1][0]
-                                   : of[4 * set][0],
-                    odd = g & 2   ? g & 1 ? of[4 * set + 3][1] : of[4 * set + 2][1]
-                          : g & 1 ? of[4 * set + 1][1]
-                                  : of[4 * set][1];
-        const float sum = __shfl_sync(~0u, g & 4 ? odd : even, 4 * (t + 4 * (g & 1)) + (g >> 1));
-        const uint32_t high = float_to_half(sum), low = float_to_half(sum - half_to_float(high));
-        const uint32_t at = L::GROUP == 16 ? table + task * 256 + lane * 8 + set * 4
-                                           : table + ((unit >> 1) * NB + nb) * 256 + lane * 8 + (unit & 1) * 4;
-        sts32(at, high | low << 16);
-      }
-    }
-  }
+    arrange_rows<L, NB, BF16, SCALED>(xs, table, most, ups, p, first, width, tid);
 }
 
 // ---- products ----
@@ -326,7 +329,7 @@ __device__ __forceinline__ void few_product(const Product& p) {
   const bool special = *p.overflow != 0;  // weights that are not finite
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
-  arrange_rows<L, NB, false>(xs, most, 0, p, part.first_col(), part.width(), tid);
+  arrange_rows<L, NB, false>(xs, table, most, 0, p, part.first_col(), part.width(), tid);
   bar_sync<1, FEW_THREADS>();
   bool unfit = false, large = false;
   uint32_t exponent = 136;
@@ -341,13 +344,12 @@ __device__ __forceinline__ void few_product(const Product& p) {
     const uint32_t ups = rows_at + 2 * ROW_WORDS;
     if (tid < p.batch) sts_float(ups + 4 * tid, __uint_as_float((263 - exponent) << 23));
     bar_sync<1, FEW_THREADS>();
-    arrange_rows<L, NB, true>(xs, most, ups, p, part.first_col(), part.width(), tid);
+    arrange_rows<L, NB, true>(xs, table, most, ups, p, part.first_col(), part.width(), tid);
     bar_sync<1, FEW_THREADS>();
-    if (tid < p.batch) sts_float(ups + 4 * tid, __uint_as_float((exponent - 9) << 23));  // what undoes it
+    if (tid < p.batch) sts_float(ups + 4 * tid, __uint_as_float((exponent - 9) << 23));  // what undoes it, for the end
+    bar_sync<1, FEW_THREADS>();
   }
-  if (!exact) sum_rows<L, NB>(xs, table, units, tid / 32, lane);
   ring.slot = team;
-  bar_sync<1, FEW_THREADS>();
 
   const int last_units = units - (part.stages - 1) * L::UNITS;
   // Stages in which the warp has both its units.
@@ -428,7 +430,7 @@ __device__ __forceinline__ void few_product(const Product& p) {
     all_tiles(std::true_type());
   else
     all_tiles(std::false_type());
-  add_slabs<FEW_THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
+  add_slabs<FEW_THREADS>(p, part.tile0, part.tiles, padded_rows, all_sums, tid);
 #endif
 }
 

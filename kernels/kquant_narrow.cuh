@@ -136,7 +136,7 @@ __device__ __forceinline__ void group_product(const Product& p) {
     all_tiles(std::true_type());
   else
     all_tiles(std::false_type());
-  add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
+  add_slabs<THREADS>(p, part.tile0, part.tiles, padded_rows, all_sums, tid);
 }
 
 }  // namespace taper

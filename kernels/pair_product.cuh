@@ -351,7 +351,7 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
     }
     if (first_tile + p.keep < part.tiles) bar_sync<1, CONSUMER_THREADS>();
   }
-  add_slabs(p, part.group, part.tile0, part.tiles, padded_rows, sums, tid);
+  add_slabs(p, part.tile0, part.tiles, padded_rows, sums, tid);
 }
 
 }  // namespace taper

@@ -12,19 +12,23 @@
 // Budget       per weight at 12 bits and 4.5 TB/s: 9 thread-instructions. Spent, by layout: see the layout's file.
 // In flight    48 KB an SM; more is slower (the copies of an SM share its bandwidth, so all of them arrive late). The
 //              ring holds more, so that it can go on filling while the block still waits for the activations.
+// Activations  come by the stages of weights, which are multiplied as soon as theirs are there; with up to 8 columns and
+//              one team, and where they are not bf16, all before the first.
 // Order        Every sum has one order: units of a warp by column, then warps, then slabs. The result is the same from
 //              run to run.
 // Non-finite   Products are those of the exact weights, so infinities and NaN come out as in the exact product.
 //
-// Launch       grid groups * slabs, block block_of(TEAMS), dynamic shared memory product_shared_bytes(..)
-//              groups      min(tiles, SMs / slabs)
+// Launch       a block of block_of(TEAMS) threads for each group of each slab, dynamic shared memory
+//              product_shared_bytes(..)
+//              groups      min(tiles, SMs / slabs), longer_groups the same; where slabs differ in length, of either so
+//                          many that the block with most stages has as few as can be
 //              slabs       the fewest whose shared memory fits; more while 2 * tiles * slabs <= SMs and slabs < stages
 //              columns     batch * parts <= 8 for _8, <= 16 for _16; parts: 1 for bf16, 2 for f16, 3 for f32
 //                          activations
 //              in_flight   48 KB in stages, to the nearest; slots: as many as fit, to 2 * in_flight, to 3 * in_flight
 //                          with programmatic launch; at least 3, with two teams 2 more than are in flight, which may be
 //                          as few as have 32 KB; keep: tiles_kept(columns, TEAMS)
-//              partial     slabs * batch * tiles * 16 floats; arrived: `groups` zeroed words, zero again at the end;
+//              partial     slabs * batch * tiles * 16 floats; arrived: `tiles` zeroed words, zero again at the end;
 //                          neither if slabs = 1
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel
 //              still runs, so they, the overflow list and the scales must have been complete before that kernel began.
@@ -37,18 +41,63 @@
 
 namespace taper {
 
+// Activations of bf16 on their way, copied stage by stage of weights (compute capability 9.0): a barrier for each of
+// the first stages, the last one for all that follow.
+template <int THREADS>
+struct Arrivals {
+  uint32_t bars;  // 0 if there is nothing to wait for
+#if __CUDA_ARCH__ >= 900
+  __device__ void init() const {
+    for (int i = 0; i < ARRIVALS; i++) mbarrier_init(bars + 8 * i, THREADS);
+  }
+  __device__ void wait(int stage) const {
+    if (bars) mbarrier_wait(bars + 8 * min(stage, ARRIVALS - 1), 0);
+  }
+  // Copies columns first .. first + width of all rows, which come to lie `stride` bytes apart; false if they cannot be
+  // copied so.
+  __device__ __forceinline__ bool send(const Product& p, uint32_t to, int stride, int first, int width, int tid) const {
+    constexpr int STAGE = 8 * UNIT_COLS, CHUNKS = STAGE / 8;  // a thread always has the same eight columns of a stage
+    if (p.x_type != BF16 || (((size_t)p.x | (size_t)(p.x_stride * 2)) & 15) || first + width > p.cols) return false;
+    const int col = tid % CHUNKS * 8;
+    to += tid / CHUNKS * stride + col * 2;
+    const uint16_t* x = (const uint16_t*)p.x + (size_t)(tid / CHUNKS) * p.x_stride + first + col;
+    for (int from = 0, stage = 0; from < width; from += STAGE, stage++) {
+      if (from + col < width)
+        for (int row = tid / CHUNKS, i = 0; row < p.batch; row += THREADS / CHUNKS, i += THREADS / CHUNKS)
+          async_copy16(to + from * 2 + i * stride, x + from + (size_t)i * p.x_stride);
+      if (stage < ARRIVALS - 1 || from + STAGE >= width) async_arrive(bars + 8 * min(stage, ARRIVALS - 1));
+    }
+    return true;
+  }
+#else
+  __device__ void init() const {}
+  __device__ void wait(int) const {}
+  __device__ bool send(const Product&, uint32_t, int, int, int, int) const { return false; }
+#endif
+};
+
+// Whether they do. With few columns and one team all of them are there about when the first weights are, and a look at
+// each stage costs more than it gains.
+__host__ __device__ constexpr bool by_stages(int eights, int teams) { return HOPPER && (eights > 1 || teams > 1); }
+
 // Activations as columns of bf16: exact whatever they are.
-template <class L, int NB>
+template <class L, int NB, int TEAMS>
 struct Bf16Columns {
+  static constexpr bool BY_STAGES = by_stages(NB, TEAMS);
+  using Arriving = Arrivals<CONSUMER_THREADS * TEAMS>;
+  Arriving arrivals;  // waited for while the first tile is multiplied
   uint32_t x_row[NB], at = 0;
   uint4 x[4];
   float c0[NB][4] = {}, c1[NB][4] = {};
 
   // Columns past the last repeat it: their products are computed and dropped.
-  __device__ Bf16Columns(uint32_t xs, int stride, int columns, int lane) {
+  __device__ Bf16Columns(uint32_t xs, int stride, int columns, int lane, Arriving arrivals_) : arrivals(arrivals_) {
 #pragma unroll
     for (int nb = 0; nb < NB; nb++)
       x_row[nb] = xs + min(8 * nb + (lane >> 2), columns - 1) * stride + (lane & 3) * lane_bytes<L>();
+  }
+  __device__ __forceinline__ void wait(int stage) const {
+    if (BY_STAGES) arrivals.wait(stage);
   }
   // Before the weights of the slab's unit `unit` are waited for.
   __device__ __forceinline__ void prefetch(int unit) {
@@ -65,6 +114,7 @@ struct Bf16Columns {
   }
   // The tile's sums to mine[column][row] in shared memory; zero again.
   __device__ __forceinline__ void store(uint32_t mine, int columns, int lane) {
+    arrivals = {0};
     const int first = 2 * (lane & 3);
     const uint32_t to = mine + (first * TILE_ROWS + (lane >> 2)) * 4;
 #pragma unroll
@@ -94,6 +144,7 @@ __device__ __forceinline__ void all_tiles(const Product& p, const Part<L>& part,
     const int step = min(TEAMS, part.tiles - tile + team);
     for (int s = 0; s < part.stages; s++) {
       const int units = part.shape.units_of(part.stage0 + s);
+      how.wait(s);
       if (warp < units) how.prefetch(s * L::UNITS + warp);
       ring.wait();
       for (int u = warp; u < units; u += CONSUMERS) {
@@ -134,11 +185,14 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
   const Part<L> part(p);
   const int parts = p.x_type + 1, columns = p.batch * parts, padded_rows = part.shape.tiles * TILE_ROWS;
   const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
-                 all_sums = bars + BARRIER_BYTES, sums = all_sums + team * sums_bytes(p.keep, columns),
+                 all_sums = bars + BARRIER_BYTES + ARRIVAL_BYTES, sums = all_sums + team * sums_bytes(p.keep, columns),
                  xs = all_sums + TEAMS * sums_bytes(p.keep, columns);
+  constexpr bool BY_STAGES = by_stages(NB, TEAMS);
+  const Arrivals<THREADS> arrivals{bars + BARRIER_BYTES};
   const int width = slab_width<L>(p.cols, p.slabs), stride = activation_stride(width);
   Ring<L, TEAMS> ring(p, ring_at, bars);
   if (producer) {
+    if (BY_STAGES && lane == 0) arrivals.init();
     ring.init(lane);
     __syncwarp();
     bar_arrive<0, THREADS + 32>();
@@ -172,20 +226,25 @@ __device__ __forceinline__ void narrow_product(const Product& p) {
     }
   }
   if (!done) {
-    load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
-                              tid);
-    async_commit();
+    const bool coming = BY_STAGES && arrivals.send(p, xs, stride, part.first_col(), part.width(), tid);
+    if (!coming) {
+      load_activations<THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(), part.width(),
+                                tid);
+      async_commit();
+    }
     ring.start(p, part, warp, lane);
+    if (!coming) {
 #if __CUDA_ARCH__ >= 900
-    async_wait<0>();
+      async_wait<0>();
 #else
-    async_wait<2>();  // the two stages that `start` sent for may still be on their way
+      async_wait<2>();  // the two stages that `start` sent for may still be on their way
 #endif
-    bar_sync<1, THREADS>();
-    Bf16Columns<L, NB> how(xs, stride, columns, lane);
+      bar_sync<1, THREADS>();
+    }
+    Bf16Columns<L, NB, TEAMS> how(xs, stride, columns, lane, {coming ? arrivals.bars : 0});
     all_tiles<L, TEAMS>(p, part, ring, how, team, columns, parts, sums, padded_rows);
   }
-  add_slabs<THREADS>(p, part.group, part.tile0, part.tiles, padded_rows, all_sums, tid);
+  add_slabs<THREADS>(p, part.tile0, part.tiles, padded_rows, all_sums, tid);
 }
 
 }  // namespace taper

@@ -17,10 +17,11 @@ struct Product {
   int rows, cols, batch;
   int x_stride, y_stride;  // elements between rows of x and of y
   int x_type, y_type;      // Type
-  int groups, slabs;
-  int slots, in_flight;  // stages in the ring, stages on their way at most
-  int keep;              // tiles whose sums wait in shared memory to be added together
-  int first_block;       // of the grid, where products share a launch
+  int groups, slabs;       // groups of tiles for each slab; of slabs with a stage more than others `longer_groups`
+  int slots, in_flight;    // stages in the ring, stages on their way at most
+  int keep;                // tiles whose sums wait in shared memory to be added together
+  int first_block;         // of the grid, where products share a launch
+  int longer_groups;
 };
 
 // Products with the same activations in one launch; of two the third's first block is past the grid.
@@ -61,7 +62,7 @@ template <class L>
 __host__ __device__ constexpr int product_block() {
   return block_of(teams<L>());
 }
-constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256;
+constexpr int MAX_SLOTS = 16, BARRIER_BYTES = 256, ARRIVALS = 8, ARRIVAL_BYTES = 8 * ARRIVALS;
 
 // On compute capability 8 each warp keeps its own copy of the trailer.
 template <class L>
@@ -102,7 +103,8 @@ template <class L>
 __host__ __device__ constexpr int product_shared_bytes(int cols, int slabs, int batch, int parts, int slots, int teams,
                                                        bool hopper) {
   const int columns = batch * parts;
-  return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + sums_bytes(tiles_kept(columns, teams), columns, teams) +
+  return slots * slot_bytes<L>(hopper) + BARRIER_BYTES + ARRIVAL_BYTES +
+         sums_bytes(tiles_kept(columns, teams), columns, teams) +
          activations_bytes<L>(slab_width<L>(cols, slabs), batch, parts);
 }
 
@@ -123,18 +125,27 @@ __device__ __forceinline__ uint4 pick(int j, const uint4& b0, const uint4& b1, c
   return j < 2 ? j == 0 ? b0 : b1 : j == 2 ? b2 : b3;
 }
 
-// What one block works on.
+// What one block works on. Slabs that have a stage more than others are the first ones.
 template <class L>
 struct Part {
   Shape<L> shape;
   int slab, group, tile0, tiles, stage0, stages;
   __device__ explicit Part(const Product& p)
       : shape(p.rows, p.cols), slab(0), group(blockIdx.x - p.first_block), stage0(0), stages(shape.stages) {
+    int groups = p.groups;
     if (p.slabs > 1) {
-      slab = group / p.groups, group -= slab * p.groups;
-      stage0 = shape.stages * slab / p.slabs, stages = shape.stages * (slab + 1) / p.slabs - stage0;
+      const int each = shape.stages / p.slabs, longer = shape.stages - each * p.slabs,
+                blocks = longer * p.longer_groups;
+      const bool more = group < blocks;
+      if (more)
+        groups = p.longer_groups;
+      else
+        group -= blocks;
+      slab = group / groups, group -= slab * groups;
+      if (!more) slab += longer;
+      stage0 = slab * each + min(slab, longer), stages = each + more;
     }
-    const int each = shape.tiles / p.groups, more = shape.tiles - each * p.groups;  // so many groups have one more
+    const int each = shape.tiles / groups, more = shape.tiles - each * groups;  // so many groups have one more
     tile0 = group * each + min(group, more), tiles = each + (group < more);
   }
   __device__ int first_col() const { return stage0 * L::UNITS * UNIT_COLS; }

@@ -60,22 +60,41 @@ __device__ __forceinline__ void add_planes(const Product& p, int tile0, int tile
   }
 }
 
-// The last block of a group adds the slabs, in their order. `scratch` is any word of shared memory.
+// The last block that comes to a tile adds its slabs, in their order. `marks`: a word of shared memory for each tile of
+// the block.
 template <int THREADS = CONSUMER_THREADS>
-__device__ __forceinline__ void add_slabs(const Product& p, int group, int tile0, int tiles, int padded_rows,
-                                          uint32_t scratch, int tid) {
+__device__ __forceinline__ void add_slabs(const Product& p, int tile0, int tiles, int padded_rows, uint32_t marks,
+                                          int tid) {
   if (p.slabs == 1) return;
-
-  bar_sync<1, THREADS>();  // one thread's atomic orders what all have written, and what they read behind the next
-  if (tid == 0) {
-    const uint32_t before = atomic_add_ordered(p.arrived + group, 1);
-    if (before == (uint32_t)p.slabs - 1) p.arrived[group] = 0;
-    sts32(scratch, before);
+  bar_sync<1, THREADS>();  // a thread's atomic orders what all have written before, and what they read behind the next
+  for (int k = tid; k < tiles; k += THREADS) {
+    uint32_t* const arrived = p.arrived + tile0 + k;
+    const bool last = atomic_add_ordered(arrived, 1) == (uint32_t)p.slabs - 1;
+    if (last) *arrived = 0;
+    sts32(marks + 4 * k, last);
   }
   bar_sync<1, THREADS>();
-  if (lds32(scratch) != (uint32_t)p.slabs - 1) return;
-  add_planes<THREADS>(p, tile0, tiles, p.slabs, tid,
-                      [&](int slab, int m) { return p.partial + ((size_t)slab * p.batch + m) * padded_rows; });
+  constexpr int TERMS = 8, QUADS = TILE_ROWS / 4;
+  const int places = p.batch * QUADS;
+  const size_t plane = (size_t)p.batch * padded_rows;
+#pragma unroll 1
+  for (int place = tid; place < tiles * places; place += THREADS) {
+    const int k = place / places, in = place - k * places, m = in / QUADS,
+              row = (tile0 + k) * TILE_ROWS + in % QUADS * 4;
+    if (!lds32(marks + 4 * k)) continue;
+    const float* from = p.partial + (size_t)m * padded_rows + row;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+    for (int first = 0; first < p.slabs; first += TERMS, from += TERMS * plane) {
+      float4 v[TERMS];  // on their way at once: a load takes a microsecond here
+#pragma unroll
+      for (int i = 0; i < TERMS; i++)
+        v[i] = first + i < p.slabs ? __ldcg((const float4*)(from + i * plane)) : make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < TERMS; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+    }
+    finish(p, row, m, sum.x), finish(p, row + 1, m, sum.y), finish(p, row + 2, m, sum.z), finish(p, row + 3, m, sum.w);
+  }
 }
 
 // All slabs of a group meet here; what they wrote before is then seen by all.

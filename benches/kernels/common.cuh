@@ -52,7 +52,7 @@ __global__ void built_for_warpgroups(int* answer) {
 }
 
 struct Device {
-  static constexpr size_t PARTIAL_FLOATS = 64u << 20, ARRIVED_WORDS = 2048;
+  static constexpr size_t PARTIAL_FLOATS = 64u << 20, ARRIVED_WORDS = 1 << 14;
 
   int multiprocessors = 0, shared_limit = 0;  // dynamic shared memory of a block at most
   bool warpgroups = false;                    // Hopper, and this program has code for it

@@ -14,10 +14,30 @@ namespace bench {
 
 constexpr int ALL_ROWS = 1 << 30;  // as rows of a block: the whole matrix at once
 
+// Groups of tiles for each slab of the columns, so that the block with most stages has as few as can be. Slabs that have a
+// stage more than others have groups of their own number.
+struct Groups {
+  int each, longer, blocks, most;  // most: stages of a block
+  Groups(int tiles, int stages, int slabs, int processors) {
+    using taper::ceil_div;
+    const int length = stages / slabs, more = stages % slabs, less = slabs - more;
+    each = longer = std::min(tiles, std::max(1, processors / slabs));
+    most = ceil_div(tiles, each) * (length + (more > 0));
+    for (int time = length + 1; more && time < most; time++) {
+      const int fewest = ceil_div(tiles, time / length), fewest_longer = ceil_div(tiles, time / (length + 1));
+      if (fewest * less + fewest_longer * more > processors) continue;
+      each = std::min(tiles, (processors - fewest_longer * more) / less);
+      longer = std::min(tiles, (processors - each * less) / more);
+      most = time;
+    }
+    blocks = each * less + longer * more;
+  }
+};
+
 struct Launch {
   const void* kernel = nullptr;
   int grid = 0, block = 0, shared_bytes = 0;
-  bool fits = true;              // else the matrix's stages are too large for the card's shared memory
+  bool fits = true;  // else the matrix's stages are too large for the card's shared memory
   // What kernels take; those that take one product only read the first.
   union {
     taper::Products each = {};
@@ -43,11 +63,16 @@ struct Launch {
   }
 
   // Slabs of columns and groups of tiles for that many blocks, and the work space.
-  void split(const Device& device, int slabs, int tiles, int columns) {
+  void split(const Device& device, int slabs, int tiles, int stages, int columns) {
     taper::Product& p = product();
-    p.slabs = slabs, p.groups = std::min(tiles, std::max(1, device.multiprocessors / slabs));
+    const Groups groups(tiles, stages, slabs, device.multiprocessors);
+    p.slabs = slabs, p.groups = groups.each, p.longer_groups = groups.longer;
     p.partial = device.partial.get(), p.arrived = device.arrived.get();
-    grid = p.groups * slabs;
+    grid = groups.blocks;
+    if (tiles > Device::ARRIVED_WORDS) {
+      fprintf(stderr, "the work space is too small for %d tiles\n", tiles);
+      exit(1);
+    }
     if ((size_t)slabs * columns * tiles * taper::TILE_ROWS > Device::PARTIAL_FLOATS) {
       fprintf(stderr, "the work space is too small for %d slabs of %d tiles\n", slabs, tiles);
       exit(1);

@@ -97,7 +97,7 @@ class PairMatrix {
     p.in_flight = programmatic ? 2 : 3;
     launch.kernel = columns <= 8 ? (void*)pair_product_8 : (void*)pair_product_16, launch.block = BLOCK;
     launch.shared_bytes = pair_shared_bytes(dense_.cols, slabs, columns, p.slots, slot_bytes_, p.keep);
-    launch.split(device_, slabs, shape_.tiles, columns);
+    launch.split(device_, slabs, shape_.tiles, shape_.stages, columns);
     return launch;
   }
 

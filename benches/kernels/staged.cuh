@@ -105,7 +105,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
       p.in_flight = std::min(in_flight, p.slots - FEW_TEAMS);
       launch.kernel = batch <= 8 ? kernels.few_8 : kernels.few_16, launch.block = FEW_BLOCK;
       launch.shared_bytes = shared(p.slots);
-      launch.split(device, slabs, shape.tiles, columns);
+      launch.split(device, slabs, shape.tiles, shape.stages, columns);
       return launch;
     }
   if (columns <= 16) {
@@ -132,7 +132,8 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     };
     // Two teams gain where there are many columns, if their slots leave room for those, or few stages.
     const auto gain = [&] {
-      return columns > 4 ? fewest(1) > 1 || fewest(2) == 1 : shape.tiles * shape.stages <= 8 * device.multiprocessors;
+      if (columns <= 4) return shape.tiles * shape.stages <= 8 * device.multiprocessors;
+      return columns <= 8 ? fewest(1) > 1 || fewest(2) == 1 : fewest(2) <= fewest(1);
     };
     const bool choose = hopper && kernels.teams_8 && gain();
     if (choose) teams = 2;
@@ -153,7 +154,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     while (wide_shared_bytes<L>(columns, p.slots, hopper) > limit) p.slots--;
     launch.shared_bytes = wide_shared_bytes<L>(columns, p.slots, hopper);
   }
-  launch.split(device, slabs, shape.tiles, columns);
+  launch.split(device, slabs, shape.tiles, shape.stages, columns);
   return launch;
 }
 

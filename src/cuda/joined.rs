@@ -9,7 +9,7 @@ use candle_core::{CudaStorage, Layout, Shape};
 use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 
 use super::family::TILE_ROWS;
-use super::launch::{Grid, LaunchShape, launch_with, programmatic, takes_several};
+use super::launch::{Grid, Groups, LaunchShape, launch_with, programmatic, takes_several};
 use super::memory::{Element, bytes, contiguous};
 use super::packed::Packed;
 use super::product::{MATRICES, Product, columns_of};
@@ -80,7 +80,7 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
         results.push(super::memory::alloc::<T>(device, batch * matrix.geometry.rows, "a result")?);
     }
     let stream = device.cuda_stream();
-    let (partial, words) = (shapes.iter().map(|s| s.partial).sum(), shapes.iter().map(|s| s.groups).sum());
+    let (partial, words) = (shapes.iter().map(|s| s.partial).sum(), shapes.iter().map(|s| s.arrived).sum());
     let x = bytes(x)?;
     kernels.scratch.product(device, partial, words, |partial, arrived| {
         let (x, _x) = x.device_ptr(&stream);
@@ -106,9 +106,9 @@ fn products<T: Element>(packed: &[&Packed], x: &CudaView<T>, leading: &[usize]) 
                 first_block: blocks,
                 ..Product::of(shape, matrix.geometry, batch, kind)
             };
-            blocks += (shape.groups * shape.slabs) as i32;
+            blocks += shape.groups.blocks as i32;
             partial += 4 * shape.partial as u64;
-            arrived += 4 * shape.groups as u64;
+            arrived += 4 * shape.arrived as u64;
         }
         let shared = shapes.iter().map(|shape| shape.shared).max().unwrap_or(0);
         let grid = Grid { blocks: [blocks as u32, 1, 1], threads: shapes[0].threads, shared: shared as u32 };
@@ -167,7 +167,7 @@ fn share(shapes: &mut [LaunchShape], tiles: &[usize], processors: usize) -> bool
             None => break,
         }
     }
-    shapes.iter_mut().zip(groups).for_each(|(shape, groups)| shape.groups = groups);
+    shapes.iter_mut().zip(groups).for_each(|(shape, groups)| shape.groups = Groups::even(groups, shape.slabs));
     true
 }
 
@@ -180,7 +180,7 @@ mod tests {
         let share = |matrices: &[(usize, usize)], processors| {
             let shape = |&(_, slabs): &(usize, usize)| LaunchShape {
                 kernel: 0,
-                groups: 1,
+                groups: Groups::even(1, slabs),
                 slabs,
                 threads: 288,
                 shared: 0,
@@ -188,12 +188,13 @@ mod tests {
                 in_flight: 3,
                 keep: 8,
                 partial: 0,
+                arrived: 0,
                 scaled: false,
             };
             let mut shapes: Vec<LaunchShape> = matrices.iter().map(shape).collect();
             let tiles: Vec<usize> = matrices.iter().map(|&(tiles, _)| tiles).collect();
             super::share(&mut shapes, &tiles, processors)
-                .then(|| shapes.iter().map(|shape| shape.groups).collect::<Vec<_>>())
+                .then(|| shapes.iter().map(|shape| shape.groups.each).collect::<Vec<_>>())
         };
         // Two tiles for each block of the first, two halves for each of the others.
         assert_eq!(share(&[(128, 1), (32, 2), (32, 2)], 132), Some(vec![64, 16, 16]));

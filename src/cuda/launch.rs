@@ -35,7 +35,7 @@ pub(super) fn programmatic(kernels: &Kernels) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct LaunchShape {
     pub kernel: usize,
-    pub groups: usize,
+    pub groups: Groups,
     pub slabs: usize,
     pub threads: u32,
     pub shared: usize,
@@ -46,8 +46,46 @@ pub(super) struct LaunchShape {
     pub keep: usize,
     /// Floats that blocks hand to each other.
     pub partial: usize,
+    /// Words that count which blocks have come, if more than two for each multiprocessor may be needed.
+    pub arrived: usize,
     /// Whether its kernel takes the scales of rows.
     pub scaled: bool,
+}
+
+/// How many groups of tiles there are for each slab of the columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Groups {
+    pub each: usize,
+    /// The same for slabs that have a stage more than others.
+    pub longer: usize,
+    pub blocks: usize,
+}
+
+impl Groups {
+    /// As many for each slab.
+    pub fn even(each: usize, slabs: usize) -> Groups {
+        Groups { each, longer: each, blocks: each * slabs }
+    }
+
+    /// So that the block that has most stages has as few as can be, and how many those are.
+    fn of(tiles: usize, stages: usize, slabs: usize, processors: usize) -> (Groups, usize) {
+        let (length, more) = (stages / slabs, stages % slabs);
+        if tiles == 0 {
+            return (Groups::even(0, slabs), 0);
+        }
+        let even = tiles.min((processors / slabs).max(1));
+        let most = tiles.div_ceil(even) * stages.div_ceil(slabs);
+        for time in (length + 1..most).filter(|_| more > 0) {
+            let (each, longer) = (tiles.div_ceil(time / length), tiles.div_ceil(time / (length + 1)));
+            if each * (slabs - more) + longer * more <= processors {
+                // What is left makes some blocks shorter.
+                let each = tiles.min((processors - longer * more) / (slabs - more));
+                let longer = tiles.min((processors - each * (slabs - more)) / more);
+                return (Groups { each, longer, blocks: each * (slabs - more) + longer * more }, time);
+            }
+        }
+        (Groups::even(even, slabs), most)
+    }
 }
 
 impl LaunchShape {
@@ -100,7 +138,7 @@ impl LaunchShape {
                 let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
                 let bytes = parts < 3 && columns <= 8 && batch <= family.byte_rows();
                 let activations = if bytes { exact.max(planes) } else { exact };
-                256 + keep(teams) * columns * 512 * teams + activations
+                320 + keep(teams) * columns * 512 * teams + activations
             };
             // Teams take stages in turn: slots must be more than what is on its way, see `Ring`. Those of a single row are
             // of four warps.
@@ -117,7 +155,11 @@ impl LaunchShape {
             let gain = family == Family::Fixed
                 && hopper
                 && two.is_some()
-                && if columns > 4 { one > Some(1) || two == Some(1) } else { tiles * stages <= 8 * processors };
+                && match columns {
+                    ..=4 => tiles * stages <= 8 * processors,
+                    5..=8 => one > Some(1) || two == Some(1),
+                    _ => two <= one,
+                };
             let teams = if gain { 2 } else { own };
             let mut slabs = if teams > 1 { two } else { one }?;
             while tiles * slabs * 2 <= processors && slabs < stages {
@@ -132,7 +174,7 @@ impl LaunchShape {
             let slots = ((room - besides) / slot).min(wanted).clamp(least, 16);
             LaunchShape {
                 kernel: if gain { kernel + TEAMS } else { kernel },
-                groups: tiles.min((processors / slabs).max(1)),
+                groups: Groups::of(tiles, stages, slabs, processors).0,
                 slabs,
                 threads: 256 * teams as u32 + 32,
                 shared: slots * slot + besides,
@@ -140,6 +182,7 @@ impl LaunchShape {
                 in_flight: in_flight.min(slots - apart(teams)),
                 keep: keep(teams),
                 partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+                arrived: if slabs > 1 { tiles } else { 0 },
                 scaled: !family.blocks(),
             }
         } else {
@@ -151,7 +194,7 @@ impl LaunchShape {
             }
             LaunchShape {
                 kernel,
-                groups: tiles.min(processors / stages),
+                groups: Groups::even(tiles.min(processors / stages), stages),
                 slabs: stages,
                 threads: 256,
                 shared: slots * slot + besides,
@@ -159,6 +202,7 @@ impl LaunchShape {
                 in_flight: slots,
                 keep: 0,
                 partial: if stages > 1 { stages * batch * tiles * TILE_ROWS } else { 0 },
+                arrived: 0,
                 scaled: !family.blocks(),
             }
         };
@@ -190,7 +234,7 @@ impl LaunchShape {
         let slots = ((room - besides(slabs)) / slot).clamp(least, 16);
         let shape = LaunchShape {
             kernel,
-            groups: tiles.min((processors / slabs).max(1)),
+            groups: Groups::of(tiles, stages, slabs, processors).0,
             slabs,
             threads: 640,
             shared: slots * slot + besides(slabs),
@@ -198,6 +242,7 @@ impl LaunchShape {
             in_flight: in_flight.min(slots - TEAMS),
             keep,
             partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+            arrived: if slabs > 1 { tiles } else { 0 },
             scaled: false,
         };
         shape.possible()
@@ -228,7 +273,7 @@ impl LaunchShape {
         let slots = (5..=8).rev().find(|&slots| shared(slabs, slots, keep) <= room)?;
         let shape = LaunchShape {
             kernel,
-            groups: tiles.min((processors / slabs).max(1)),
+            groups: Groups::of(tiles, stages, slabs, processors).0,
             slabs,
             threads: 288,
             shared: shared(slabs, slots, keep),
@@ -236,6 +281,7 @@ impl LaunchShape {
             in_flight: if programmatic { 2 } else { 3 },
             keep,
             partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
+            arrived: if slabs > 1 { tiles } else { 0 },
             scaled: false,
         };
         shape.possible()
@@ -243,7 +289,7 @@ impl LaunchShape {
 
     /// Itself, if what blocks hand to each other fits into the workspace.
     fn possible(self) -> Option<LaunchShape> {
-        (4 * self.partial <= super::scratch::WORKSPACE && self.groups > 0).then_some(self)
+        (4 * self.partial <= super::scratch::WORKSPACE && self.groups.blocks > 0).then_some(self)
     }
 }
 
@@ -293,8 +339,7 @@ pub(super) unsafe fn launch<A: DeviceRepr>(
     argument: &A,
     programmatic: bool,
 ) -> Result<()> {
-    let blocks = (shape.groups * shape.slabs) as u32;
-    let grid = Grid { blocks: [blocks, 1, 1], threads: shape.threads, shared: shape.shared as u32 };
+    let grid = Grid { blocks: [shape.groups.blocks as u32, 1, 1], threads: shape.threads, shared: shape.shared as u32 };
     // SAFETY: the caller's.
     unsafe { launch_with(stream, function, grid, &[(&raw const *argument).cast()], programmatic) }
 }

@@ -36,7 +36,7 @@ pub(super) struct Product {
     pub in_flight: i32,
     pub keep: i32,
     pub first_block: i32,
-    pub pad: i32,
+    pub longer_groups: i32,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -63,7 +63,8 @@ impl Product {
             y_stride: rows as i32,
             x_type: kind,
             y_type: kind,
-            groups: shape.groups as i32,
+            groups: shape.groups.each as i32,
+            longer_groups: shape.groups.longer as i32,
             slabs: shape.slabs as i32,
             slots: shape.slots as i32,
             in_flight: shape.in_flight as i32,
@@ -121,7 +122,7 @@ impl Factor<'_> {
         let programmatic = programmatic(self.kernels);
         let Some((shape, function)) = shape(each, parts, programmatic) else { return Ok(false) };
         let stream = self.device.cuda_stream();
-        self.kernels.scratch.product(self.device, shape.partial, 0, |partial, arrived| {
+        self.kernels.scratch.product(self.device, shape.partial, shape.arrived, |partial, arrived| {
             let (weights, _weights) = self.weights.device_ptr(&stream);
             let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let scale = self.row_scale.map(|scale| scale.device_ptr(&stream));
