@@ -267,11 +267,11 @@ __device__ __forceinline__ void pair_product(const PairProduct& pp) {
   const Table<CONSUMER_THREADS> entries(p.overflow, tid);
   if (tid < ZERO_BYTES / 4) sts32(zeros + 4 * tid, 0);
   let_next_kernel_start();
+  entries.store(table, tid);
   wait_for_previous_kernel();
   load_activations<CONSUMER_THREADS>(xs, stride, p.x, p.x_type, p.x_stride, p.batch, p.cols, part.first_col(),
                                      part.width(), tid);
   async_commit();
-  entries.store(table, tid);  // while the activations are on their way
   async_wait<0>();
   bar_sync<1, CONSUMER_THREADS>();
 
