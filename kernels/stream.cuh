@@ -1,109 +1,30 @@
-// y = x W^T for 17 columns of activations and more on compute capability 9.0: weights stream through registers, where
-// each warp decodes what wgmma then reads as A, and activations through shared memory.
+// y = x W^T for 17 to 128 columns of activations on compute capability 9.0: weights stream through registers, where
+// each warp decodes what wgmma then reads as A, and activations, as they are in memory, through shared memory.
 //
 // Work split   A block is 64 WGS rows of the matrix x N columns of activations, K in units of 128 columns. A block of
 //              the grid takes whole blocks of the product in turn; where that would leave SMs idle, the first `cut` of
-//              them are laid end to end and cut into `grid` equal pieces instead, and the rest dealt out whole. Who has
-//              the first piece of a block adds the others' sums, in order. With parts > 1 each block is that many
-//              pieces, of one cluster, whose sums meet in shared memory.
-// Warps        WGS warpgroups multiply: a warp decodes a tile of 16 rows, from a ring of its own. FEEDERS more warps
-//              bring activations into the order that wgmma reads: 16 bytes hold the eight columns of x that two
-//              registers of four lanes' A fragments meet (warpgroup.cuh).
+//              them are laid end to end and cut into `grid` equal pieces instead, and the rest dealt out whole. All who
+//              have a piece of a block leave its sums in `partial`, and add up a share of the block when all have come.
+// Warps        WGS warpgroups multiply: a warp decodes a tile of 16 rows, from a ring of its own, a vector of 32
+//              columns while the tensor cores have the last one or two. FEEDERS more warps bring activations into the
+//              order that wgmma reads: 16 bytes hold the eight columns of x that two registers of four lanes' A
+//              fragments meet, so that chunk q of vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1); with
+//              groups of 16 those of column_of in kquant.cuh.
+// Budget       Weights come to 24.6 KB for 128 x 128 of `fixed`: 1500 cycles of an SM's share of the memory. Sixteen
+//              warps take 1600 for 64 columns of activations, eight 2300; 1050 without products, which hide little when
+//              A is in registers. Adding up pieces takes 4 to 10 us, by the bytes in `partial`.
 // Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
 //              the grid only, so the result is the same from run to run.
+//
+// Launch       grid: at most the SMs (blocks wait for each other); block Stream<L, N, WGS>::BLOCK; dynamic shared
+//              memory Stream<L, N, WGS>::BYTES. x: bf16, rows x_stride apart. partial, unless cut = 0: 2 * grid * 64
+//              WGS * N floats; arrived: 2 * grid zeroed words, zero again at the end. cut: fewer than two blocks for
+//              each of the grid. May be launched with programmatic stream serialisation (see product.cuh).
 #pragma once
+#include "stream_parts.cuh"
 #include "stream_units.cuh"
 
 namespace taper {
-
-#ifndef STREAM_UNITS
-#define STREAM_UNITS 2
-#endif
-#ifndef STREAM_SLOTS
-#define STREAM_SLOTS 2
-#endif
-
-template <class L, int N, int WGS>
-struct Stream {
-  static constexpr int WARPS = 4 * WGS, FEEDERS = WGS > 2 ? 4 : 8, BLOCK = 32 * (WARPS + FEEDERS), ROWS = 64 * WGS,
-                       X_BYTES = N * UNIT_COLS * 2, UNITS = L::UNIT_BYTES < 1700 && WGS < 4 ? 4 : WGS > 3 && L::UNIT_BYTES > 1700 ? 1 : STREAM_UNITS, SLOTS = STREAM_SLOTS,
-                       SLOT_BYTES = UNITS * L::UNIT_BYTES + L::TRAILER, SCRATCH = 2 * RESULT_BUFFER, BARRIERS = 512,
-                       ROOM = 232448 - WGS * SCRATCH - BARRIERS - WARPS * SLOTS * SLOT_BYTES, FIT = ROOM / X_BYTES,
-                       X_SLOTS = FIT > 6 ? 6 : FIT, RINGS_AT = X_SLOTS * X_BYTES,
-                       SCRATCH_AT = RINGS_AT + WARPS * SLOTS * SLOT_BYTES, BARRIERS_AT = SCRATCH_AT + WGS * SCRATCH,
-                       BYTES = BARRIERS_AT + BARRIERS;
-  static_assert(X_SLOTS >= 2 && 16 * X_SLOTS + 8 * SLOTS * WARPS <= BARRIERS && SLOT_BYTES % 16 == 0, "");
-};
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// ---- PTX that only this kernel needs ----
-__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
-  uint32_t v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
-  while (v < enough);
-}
-
-// Brings activations into order, of a unit at a time.
-template <class L, int N, int WGS>
-struct Feeder {
-  using S = Stream<L, N, WGS>;
-  static constexpr int THREADS = 32 * S::FEEDERS, COUNT = N * 16 / THREADS;
-  // A unit's come in so many steps, two of which are in a thread's registers.
-  static constexpr int STEPS = COUNT > 4 && S::FEEDERS == 4 ? 2 : 1, EACH_STEP = COUNT / STEPS;
-  static_assert(N * 16 % THREADS == 0 && COUNT % STEPS == 0, "");
-  static constexpr int EACH = THREADS / 4;  // rows, of 32 columns, that all threads bring at once
-  const Prefill& p;
-  const int tid;
-  const bool aligned;
-  __device__ __forceinline__ int row(int d) const { return EACH <= N ? tid / 4 + d * EACH % N : tid / 4 % N; }
-  __device__ __forceinline__ int vector(int d) const { return EACH <= N ? d * EACH / N : tid / 4 / N + d * (EACH / N); }
-  // A unit's activations, of rows `row0` and on, from column k0 on: eight in a piece.
-  template <int STEP>
-  __device__ __forceinline__ void load(uint4 (&v)[EACH_STEP], int row0, int k0) const {
-    const uint16_t* from = (const uint16_t*)p.x + (size_t)row0 * p.x_stride + k0 + tid % 4 * 8;
-    const int left = p.batch - row0;
-    if (aligned && k0 + UNIT_COLS <= p.cols) {
-#pragma unroll
-      for (int e = 0; e < EACH_STEP; e++) {
-        const int d = STEP * EACH_STEP + e;
-        v[e] = make_uint4(0, 0, 0, 0);
-        if (row(d) < left) v[e] = __ldcg((const uint4*)(from + (size_t)row(d) * p.x_stride + 32 * vector(d)));
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < EACH_STEP; e++) {
-        const int d = STEP * EACH_STEP + e, k = 32 * vector(d) + tid % 4 * 8;
-        v[e] = make_uint4(0, 0, 0, 0);
-        if (row(d) < left) v[e] = load_end(from + (size_t)row(d) * p.x_stride + 32 * vector(d), p.cols - k0 - k);
-      }
-    }
-  }
-  __device__ static __noinline__ uint4 load_end(const uint16_t* from, int left) {
-    uint32_t w[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-      if (e < left) w[e / 2] |= (uint32_t)from[e] << 16 * (e & 1);
-    return make_uint4(w[0], w[1], w[2], w[3]);
-  }
-  template <int STEP>
-  __device__ __forceinline__ void store(const uint4 (&v)[EACH_STEP], uint32_t to) const {
-#pragma unroll
-    for (int e = 0; e < EACH_STEP; e++) {
-      const int d = STEP * EACH_STEP + e, n = row(d), j = vector(d), t = tid % 4;
-      const uint32_t words[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
-      const uint32_t at = to + (4 * j * N + n) * 16;
-#pragma unroll
-      for (int w = 0; w < 4; w++) {
-        if constexpr (L::GROUP == 16) {  // in such an order that lanes meet different banks
-          const uint32_t word = t & 2 ? words[w ^ 2] : words[w];
-          sts32(at + (t / 2 * 2 + w % 2) * 16 * N + (t % 2 * 2 + (w / 2 ^ t / 2)) * 4, word);
-        } else
-          sts32(at + w * 16 * N + t * 4, words[w]);
-      }
-    }
-  }
-};
-#endif
 
 template <class L, int N, int WGS>
 __device__ __forceinline__ void stream_product(const Prefill& p) {
@@ -117,7 +38,8 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
   const uint32_t wide = ceil_div(p.batch, N), me = blockIdx.x, grid = gridDim.x,
                  blocks = ceil_div(p.rows, S::ROWS) * wide;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < S::X_SLOTS; s++) mbarrier_init(x_full + 8 * s, S::FEEDERS), mbarrier_init(x_empty + 8 * s, S::WARPS);
+    for (int s = 0; s < S::X_SLOTS; s++)
+      mbarrier_init(x_full + 8 * s, S::FEEDERS), mbarrier_init(x_empty + 8 * s, S::WARPS);
     for (int s = 0; s < S::WARPS * S::SLOTS; s++) mbarrier_init(bars + 8 * s, 1);
     mbarrier_init_fence();
   }
@@ -254,8 +176,7 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
               wgmma<false>(c, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
           wgmma_commit();
           // The next vector is decoded while the tensor cores have this one's and perhaps that before.
-          if (j < 3)
-            unit.vector(p, j + 1, a[j + 1], mine, lane);
+          if (j < 3) unit.vector(p, j + 1, a[j + 1], mine, lane);
           if (j == 2) {
             unit_at += L::UNIT_BYTES;
             if (--left == 0) {  // all that was read there has been decoded

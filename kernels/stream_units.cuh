@@ -63,10 +63,13 @@ struct StreamRepairs {
     if (left == 0) return;
     first = __shfl_sync(~0u, entry, __ffs(left) - 1);
     second = __shfl_sync(~0u, entry, 31 - __clz(left));  // perhaps the first again, which does no harm
-    vectors = left >> ENTRIES ? 15 | LISTED : __popc(left) > 2 ? 15 | MORE : 1 << (first >> 9 & 3) | 1 << (second >> 9 & 3);
+    vectors = left >> ENTRIES    ? 15 | LISTED
+              : __popc(left) > 2 ? 15 | MORE
+                                 : 1 << (first >> 9 & 3) | 1 << (second >> 9 & 3);
   }
   __device__ __forceinline__ static void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
-    const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8, halves = e & 1 ? 0x7610 : 0x3276;
+    const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
+                   halves = e & 1 ? 0x7610 : 0x3276;
 #pragma unroll
     for (uint32_t p = 0; p < 8; p++)
       if (place == p) a[p] = __byte_perm(a[p], e, halves);

@@ -2,6 +2,8 @@
 #pragma once
 #include <string>
 
+#include "../../kernels/kquant_few.cuh"
+#include "../../kernels/kquant_single.cuh"
 #include "launch.cuh"
 
 namespace bench {

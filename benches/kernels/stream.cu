@@ -1,19 +1,23 @@
-#include <cuda.h>
-#include <dlfcn.h>
-
+// Checks and times the products of 17 to 128 rows of activations (kernels/stream.cuh, compute capability 9.0) beside
+// cuBLAS. From the top of the repository:
+//
+//     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/stream benches/kernels/stream.cu -ldl
+//     target/stream check [--small]    against f64, and repeated launches against each other; exit status 1 on failure
+//     target/stream time               every kernel, blocks whole, cut for all multiprocessors, and cut evenly
+//
+// -DLAYOUT=LayoutQ4K, LayoutInt4G128 and so on (kernels/kquant_formats.cuh) take another layout than `fixed`. More
+// kernels are tried than the crate has of a layout.
 #include <cstring>
 #include <string>
 
 #ifndef LAYOUT
 #define LAYOUT Fixed
 #endif
-#include "../../kernels/repair.cu"
 #include "../../kernels/fixed.cu"
-#include "../../kernels/kquant_formats.cuh"
-#include "../../kernels/kquant_decode.cuh"
+#include "../../kernels/repair.cu"
 #include "../../kernels/stream.cuh"
+#include "blocks.cuh"
 #include "cublas.cuh"
-#include "data.cuh"
 #include "timing.cuh"
 
 using namespace bench;
@@ -21,94 +25,7 @@ using namespace taper;
 
 using L = LAYOUT;
 constexpr bool BLOCKS = L::GROUP >= 16;
-namespace bench {
-using namespace taper;
-// Where a format's f16 scales lie in a block, and whether the second is a minimum.
-template <class F>
-struct Floats;
-template <>
-struct Floats<Q4_K> {
-  static constexpr int D = 0, DMIN = 2;
-};
-template <>
-struct Floats<Q5_K> : Floats<Q4_K> {};
-template <>
-struct Floats<Q6_K> {
-  static constexpr int D = 208, DMIN = -1;
-};
-template <>
-struct Floats<Q2_K> {
-  static constexpr int D = 80, DMIN = 82;
-};
-template <>
-struct Floats<Q3_K> {
-  static constexpr int D = 108, DMIN = -1;
-};
-template <int BITS, bool MINS>
-struct Floats<Block32<BITS, MINS>> {
-  static constexpr int D = 0, DMIN = MINS ? 2 : -1;
-};
 
-template <>
-struct Floats<Int4G128> {
-  static constexpr int D = 0, DMIN = -1;
-};
-
-__device__ __forceinline__ uint16_t random_scale(Kind kind, uint64_t key) {
-  const uint32_t h = hash(key);
-  float v = 1e-3f * (0.5f + uniform(key + 1));
-  if (kind == ROW_COL || kind == STUDENT_T) v *= expf(normal(key));
-  if (kind == TINY_ROWS) v *= 1e-4f;
-  if (kind == ZEROS && h % 3 == 0) v = 0;
-  if (kind == RANDOM_BITS) return (h & 0x7C00) == 0x7C00 ? h & 0xBFFF : h & 0xFFFF;
-  if (kind == NON_FINITE && h % 97 == 0) return h % 2 ? 0x7C00 : 0xFC00;
-  if (kind == NON_FINITE && h % 97 == 1) return 0x7E00;
-  return to_f16(v);
-}
-
-// `count` blocks: random codes and scales. Any grid.
-template <class F>
-__global__ void make_blocks(uint8_t* blocks, size_t count, Kind kind, uint64_t seed) {
-  const size_t step = (size_t)gridDim.x * blockDim.x;
-  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += step) {
-    uint8_t* b = blocks + i * F::BYTES;
-    for (int k = 0; k < F::BYTES; k++)
-      b[k] = kind == CONSTANT ? 0x57 : hash((i * 512 + k) * 0x9E3779B97F4A7C15ULL + seed);
-    const auto put = [&](int at, uint32_t half) { b[at] = half, b[at + 1] = half >> 8; };
-    // Loaders refuse integers with scales that are infinite or none.
-    put(Floats<F>::D, random_scale(std::is_same_v<F, Int4G128> && kind == NON_FINITE ? NORMAL : kind, 4 * i + seed));
-    if (Floats<F>::DMIN >= 0) put(Floats<F>::DMIN, random_scale(kind, 4 * i + 2 + seed));
-  }
-}
-
-// The values of a matrix of blocks, in f32 and rounded to the type; and what bounds the rounding of sums of its
-// products, which are of codes and groups, not of weights. Any grid.
-template <class L>
-__global__ void dequantize(const uint8_t* blocks, float* exact, uint16_t* rounded, float* spread, int rows, int cols,
-                           Type type) {
-  using F = typename L::Source;
-  using Group = typename F::Group;
-  constexpr int LEN = Group::LEN;
-  const size_t step = (size_t)gridDim.x * blockDim.x, count = (size_t)rows * cols;
-  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += step) {
-    const uint8_t* b = blocks + i / LEN * F::BYTES;
-    const int k = i % LEN;
-    const Group group{b, k / L::GROUP};
-    const float d = half_to_float(group.d());
-    float scale = d, min = 0;
-    if constexpr (LEN == 256) scale = d * group.scale();
-    if constexpr (L::MINS && LEN == 256) min = half_to_float(group.dmin()) * group.min();
-    if constexpr (L::MINS && LEN == 32) min = -half_to_float(group.dmin());
-    if constexpr (LEN == 128) min = d * group.zero();
-    const int code = F::code(b, k), zero = L::MAGIC ? L::ZERO : 128;
-    float v = __fmul_rn(scale, code - zero);
-    if (L::MINS) v = __fsub_rn(v, min);
-    exact[i] = v, spread[i] = LEN == 128 ? fabsf(v) : fabsf(scale) * (128 + abs(code - zero)) + fabsf(min);
-    rounded[i] = type == F16 ? to_f16(v) : to_bf16(v);
-  }
-}
-
-}
 template <class L>
 __global__ void __launch_bounds__(256)
     repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights, uint32_t* not_finite) {
@@ -124,8 +41,8 @@ static void make_blocks_of(DenseMatrix& dense, Kind kind) {
     dense.blocks = Buffer<uint8_t>(count * F::BYTES);
     make_blocks<F><<<1056, 256>>>(dense.blocks.get(), count, kind, 1);
     Buffer<float> exact((size_t)rows * cols), spread((size_t)rows * cols);
-    dequantize<L><<<1056, 256>>>(dense.blocks.get(), exact.get(), dense.weights.get(), spread.get(), rows, cols,
-                                 bench::BF16);
+    dequantize<L>
+        <<<1056, 256>>>(dense.blocks.get(), exact.get(), dense.weights.get(), spread.get(), rows, cols, bench::BF16);
     CUDA(cudaDeviceSynchronize());
     if (L::GROUP == 128) dense.row_scales = std::move(exact);  // integers are not rounded
   }
@@ -136,10 +53,10 @@ static void repack_all(const DenseMatrix& dense, int stages, uint8_t* weights, u
     repack<L><<<stages, 256>>>(dense.blocks.get(), dense.rows, dense.cols, weights, not_finite);
 }
 
-#define STREAM(N, WGS)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(Stream<L, N, WGS>::BLOCK, 1)                              \
-      stream_##N##_##WGS(const __grid_constant__ Prefill p) {                                                \
-    stream_product<L, N, WGS>(p);                                                                        \
+#define STREAM(N, WGS)                                                      \
+  extern "C" __global__ void __launch_bounds__(Stream<L, N, WGS>::BLOCK, 1) \
+      stream_##N##_##WGS(const __grid_constant__ Prefill p) {               \
+    stream_product<L, N, WGS>(p);                                           \
   }
 STREAM(32, 2)
 STREAM(64, 2)
@@ -158,10 +75,12 @@ static Width width_of(const void* kernel) {
   using S = Stream<L, N, WGS>;
   return {N, WGS, S::BLOCK, S::BYTES, kernel};
 }
-static const Width WIDTHS[] = {width_of<32, 2>((void*)stream_32_2), width_of<64, 2>((void*)stream_64_2),
-                               width_of<32, 4>((void*)stream_32_4), width_of<64, 4>((void*)stream_64_4),
-                               width_of<32, 3>((void*)stream_32_3), width_of<64, 3>((void*)stream_64_3), width_of<128, 2>((void*)stream_128_2)};
+static const Width WIDTHS[] = {width_of<32, 2>((void*)stream_32_2),  width_of<64, 2>((void*)stream_64_2),
+                               width_of<32, 4>((void*)stream_32_4),  width_of<64, 4>((void*)stream_64_4),
+                               width_of<32, 3>((void*)stream_32_3),  width_of<64, 3>((void*)stream_64_3),
+                               width_of<128, 2>((void*)stream_128_2)};
 
+// A matrix in the layout.
 class Packed {
  public:
   Packed(const DenseMatrix& dense) : shape_(dense.rows, dense.cols) {
@@ -197,23 +116,25 @@ class Packed {
   Buffer<uint32_t> overflow_;
 };
 
-// How a product is cut: parts 0: blocks whole; 1: pieces for every SM; more: parts of a cluster.
+// A product. pieces: 0 leaves blocks whole, 1 cuts them so that all multiprocessors have as much to do, others are
+// those of each block.
 struct Launches {
   Prefill p = {};
   Width width;
   int grid = 0;
 
-  Launches(const Device& device, const Packed& packed, const DenseMatrix& dense, int batch, const Width& width_, int parts)
+  Launches(const Device& device, const Packed& packed, const DenseMatrix& dense, int batch, const Width& width_,
+           int pieces)
       : width(width_) {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const Shape<L>& shape = packed.shape();
     const long long blocks = ceil_div(shape.tiles, 4 * width.wgs) * (long long)ceil_div(batch, width.columns);
-    if (parts > 1) {
-      if (blocks * parts <= device.multiprocessors && shape.units >= parts) grid = p.cut = blocks, grid *= parts;
+    if (pieces > 1) {
+      if (blocks * pieces <= device.multiprocessors && shape.units >= pieces) grid = p.cut = blocks, grid *= pieces;
     } else {
-      grid = (int)std::min<long long>(device.multiprocessors, parts ? blocks * shape.units : blocks);
-      if (parts && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
-      if (parts && !p.cut) grid = 0;
+      grid = (int)std::min<long long>(device.multiprocessors, pieces ? blocks * shape.units : blocks);
+      if (pieces && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
+      if (pieces && !p.cut) grid = 0;
     }
     p.weights = packed.weights(), p.overflow = packed.overflow();
     p.rows = dense.rows, p.cols = dense.cols, p.batch = batch;
@@ -224,13 +145,12 @@ struct Launches {
            bool programmatic) {
     p.x = (const uint8_t*)x, p.x_stride = x_stride, p.weights = weights, p.y = y, p.y_stride = y_stride;
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = width.threads, config.dynamicSmemBytes = width.shared, config.stream = stream;
-    cudaLaunchAttribute attributes[2];
-    int n = 0;
-    if (programmatic)
-      attributes[n].id = cudaLaunchAttributeProgrammaticStreamSerialization,
-      attributes[n++].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes, config.numAttrs = n;
+    config.gridDim = grid, config.blockDim = width.threads, config.dynamicSmemBytes = width.shared,
+    config.stream = stream;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = programmatic;
     void* arguments[] = {(void*)&p};
     CUDA(cudaLaunchKernelExC(&config, width.kernel, arguments));
   }
@@ -248,15 +168,17 @@ static DenseMatrix matrix(int rows, int cols, Kind kind) {
 }
 
 // One warp an output: y against the sum in f64. errors[0]: how many are wrong, [1]: the first one's place + 1.
-__global__ void check_outputs(const uint16_t* w, const float* exact, const uint16_t* x, int x_stride, const uint16_t* y, int y_stride,
-                              int rows, int cols, int batch, long long count, long long step, uint32_t* errors) {
+__global__ void check_outputs(const uint16_t* w, const float* exact, const uint16_t* x, int x_stride, const uint16_t* y,
+                              int y_stride, int rows, int cols, int batch, long long count, long long step,
+                              uint32_t* errors) {
   const long long warp = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
   if (warp >= count) return;
   const long long place = warp * step % ((long long)rows * batch);
   const int m = place / rows, row = place % rows, lane = threadIdx.x % 32;
   double sum = 0, size = 0;
   for (int k = lane; k < cols; k += 32) {
-    const double t = (double)(exact ? exact[(size_t)row * cols + k] : from_bf16(w[(size_t)row * cols + k])) * from_bf16(x[(size_t)m * x_stride + k]);
+    const double t = (double)(exact ? exact[(size_t)row * cols + k] : from_bf16(w[(size_t)row * cols + k])) *
+                     from_bf16(x[(size_t)m * x_stride + k]);
     sum += t, size += fabs(t);
   }
   for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o), size += __shfl_xor_sync(~0u, size, o);
@@ -267,28 +189,22 @@ __global__ void check_outputs(const uint16_t* w, const float* exact, const uint1
   if (lane == 0 && !fine && atomicAdd(errors, 1) == 0) errors[1] = (uint32_t)(place + 1);
 }
 
-static double seconds() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + 1e-9 * t.tv_nsec;
-}
 static int checks = 0, failures = 0;
 
-static std::string name_of(const Width& width, int parts) {
+static std::string name_of(const Width& width, int pieces) {
   std::string s = std::to_string(width.columns) + "/" + std::to_string(64 * width.wgs);
-  return s + (parts > 1 ? " in " + std::to_string(parts) : parts ? " cut" : "");
+  return s + (pieces > 1 ? " in " + std::to_string(pieces) : pieces ? " cut" : "");
 }
 
 static void check(const Device& device, int rows, int cols, Kind kind, std::initializer_list<int> batches, int pad = 0,
                   bool special_x = false, int rounds = 3) {
   if (BLOCKS) cols = (cols + 255) / 256 * 256;
-  const double begin = seconds();
   const DenseMatrix dense = matrix(rows, cols, kind);
   const Packed packed(dense);
   for (int batch : batches)
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 8; parts++) {
-        Launches launches(device, packed, dense, batch, width, parts);
+      for (int pieces = 0; pieces <= 8; pieces++) {
+        Launches launches(device, packed, dense, batch, width, pieces);
         if (width.columns >= batch + 128 || !launches.grid) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
         const size_t outputs = (size_t)batch * y_stride;
@@ -309,8 +225,8 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
           }
           errors.fill(0, 2);
           const long long all = (long long)rows * batch, count = std::min<long long>(all, 200000);
-          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(dense.weights.get(), dense.row_scales.get(), x.get(), x_stride, y.get(),
-                                                                  y_stride, rows, cols, batch, count,
+          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(dense.weights.get(), dense.row_scales.get(), x.get(),
+                                                                  x_stride, y.get(), y_stride, rows, cols, batch, count,
                                                                   all == count ? 1 : 102949, errors.get());
         }
         uint32_t e[2];
@@ -321,10 +237,9 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
         if (!e[0] && same && kept) continue;
         failures++;
         printf("FAILED: %dx%d %s, %d rows of x, %s: %u wrong (first of x's row %d, row %d)%s%s\n", rows, cols,
-               name_of(kind), batch, name_of(width, parts).c_str(), e[0], (int)((e[1] - 1) / rows),
+               name_of(kind), batch, name_of(width, pieces).c_str(), e[0], (int)((e[1] - 1) / rows),
                (int)((e[1] - 1) % rows), same ? "" : ", not the same twice", kept ? "" : ", wrote past the rows");
       }
-  printf("%dx%d %.1f s\n", rows, cols, seconds() - begin);
 }
 
 static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols,
@@ -343,15 +258,16 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
     std::string text;
     double best = 1e9;
     for (const Width& width : WIDTHS)
-      for (int parts = 0; parts <= 8; parts++) {
-        Launches launches(device, packed, dense, batch, width, parts);
-        if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid) continue;
-        if (parts > 1 && launches.grid < 90) continue;
+      for (int pieces = 0; pieces <= 8; pieces++) {
+        Launches launches(device, packed, dense, batch, width, pieces);
+        if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid)
+          continue;
+        if (pieces > 1 && launches.grid < 90) continue;
         const double us = time_launches(16, [&](int i, cudaStream_t stream) {
           launches.run(x.get(), cols, copies.of(i), y.get(), rows, stream, true);
         });
         char line[64];
-        snprintf(line, sizeof line, "  %s %.1f", name_of(width, parts).c_str(), us);
+        snprintf(line, sizeof line, "  %s %.1f", name_of(width, pieces).c_str(), us);
         text += line, best = std::min(best, us);
       }
     printf("%dx%d %d rows: cuBLAS %.1f; best %.1f us (%.2fx) |%s\n", rows, cols, batch, peer, best, peer / best,
@@ -361,13 +277,10 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
 
 int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  const bool timed = argc == 2 && !strcmp(argv[1], "time"), small = argc == 3, tiny = small && !strcmp(argv[2], "--tiny"), quick = argc == 2 && !strcmp(argv[1], "time1");
+  const bool timed = argc == 2 && !strcmp(argv[1], "time"), small = argc == 3 && !strcmp(argv[2], "--small");
+  if (!timed && !(argc >= 2 && !strcmp(argv[1], "check") && argc == 2 + small))
+    return fputs("usage: stream check [--small] | stream time\n", stderr), 2;
   const Device device;
-  if (quick) {
-    const Cublas cublas;
-    time_shape(device, cublas, 14336, 4096, {32, 64, 128});
-    return 0;
-  }
   if (timed) {
     const Cublas cublas;
     for (auto [rows, cols] :
@@ -377,12 +290,10 @@ int main(int argc, char** argv) {
   }
   check(device, 128, 128, NORMAL, {64});
   check(device, 256, 1024, NORMAL, {65});
-  if (!tiny) {
   check(device, 37, 2056, STUDENT_T, {65}, 8);
   check(device, 130, 600, SPECIALS, {40}, 8);
   check(device, 300, 704, RANDOM_BITS, {130});
   check(device, 512, 1504, NON_FINITE, {140}, 8);
-  }
   if (!small) {
     check(device, 1, 8, NORMAL, {17, 70});
     check(device, 600, 600, ROW_COL, {33, 130, 300});

@@ -19,12 +19,12 @@ use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
 /// One for each kernel of `fixed`.
-const FIXED: [Width; 2] = [width(32, 256, 1.15, [6.0, 4.0]), width(64, 256, 1.4, [8.5, 5.5])];
+const FIXED: [Width; 2] = [width(32, 256, 1.44, [7.0, 4.5]), width(64, 256, 1.65, [9.0, 6.0])];
 /// Of block formats.
 const BLOCKS: [Width; 3] =
-    [width(32, 256, 1.43, [6.0, 4.0]), width(64, 256, 1.63, [8.5, 5.5]), width(128, 128, 1.26, [10.5, 6.5])];
+    [width(32, 256, 1.41, [6.0, 4.5]), width(64, 256, 1.61, [8.5, 5.5]), width(128, 128, 1.26, [10.5, 6.8])];
 /// Of 4-bit integers in groups of 128.
-const INTEGERS: [Width; 2] = [width(32, 256, 0.89, [6.5, 4.5]), width(64, 192, 0.96, [9.5, 6.5])];
+const INTEGERS: [Width; 2] = [width(32, 256, 0.9, [5.5, 4.3]), width(64, 192, 0.97, [8.0, 5.3])];
 
 /// `meeting`: of any pieces, and of even ones.
 const fn width(columns: usize, rows: usize, unit: f64, meeting: [f64; 2]) -> Width {
