@@ -51,7 +51,8 @@ pub fn activations(m: usize, cols: usize, seed: u64) -> Vec<f32> {
 
 /// Each result within the rounding of its dtype and of sums in f32; NaN and infinities where the exact product has them.
 ///
-/// cuBLAS may add parts of sums in the result's dtype, so products through it get more room.
+/// cuBLAS may add parts of sums in the result's dtype, so products through it get more room; and weights are decoded for
+/// it, so that those that F16 cannot hold are infinite beside F16 activations.
 /// `rounding` is how much weights may have been rounded, relative to their size.
 fn close(got: &[f32], x: &[f32], w: &Matrix, dtype: DType, fused: bool, rounding: f64, what: &str) {
     let Matrix { values, rows, cols, .. } = w;
@@ -62,7 +63,8 @@ fn close(got: &[f32], x: &[f32], w: &Matrix, dtype: DType, fused: bool, rounding
     };
     got.par_iter().enumerate().for_each(|(i, &got)| {
         let (x, w) = (&x[i / rows * cols..][..*cols], &values[i % rows * cols..][..*cols]);
-        let terms = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
+        let weight = |w: f32| if !fused && dtype == DType::F16 && w.abs() >= 65_520.0 { w * f32::INFINITY } else { w };
+        let terms = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(weight(w)));
         let finite = |term: f64| if term.is_finite() { term.abs() } else { 0.0 };
         let (sum, size) = terms.fold((0.0f64, 0.0f64), |(sum, size), term| (sum + term, size + finite(term)));
         let got = f64::from(got);
