@@ -9,7 +9,8 @@ use candle_core::{CudaStorage, Layout, Shape};
 use cudarc::driver::{CudaView, DevicePtr, DevicePtrMut};
 
 use super::family::TILE_ROWS;
-use super::launch::{Grid, Groups, LaunchShape, launch_with, programmatic, takes_several};
+use super::launch::{Grid, launch_with, programmatic};
+use super::launch_shape::{Groups, LaunchShape, takes_several};
 use super::memory::{Element, bytes, contiguous};
 use super::packed::Packed;
 use super::product::{MATRICES, Product, columns_of};

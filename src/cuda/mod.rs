@@ -37,6 +37,7 @@ mod joined;
 mod kernels;
 mod kquant;
 mod launch;
+mod launch_shape;
 mod layers;
 mod memory;
 mod memory_use;

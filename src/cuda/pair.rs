@@ -15,7 +15,7 @@ use cudarc::driver::{
 
 use super::family::{TILE_ROWS, stages};
 use super::kernels::{Kernels, driver, function};
-use super::launch::{LaunchShape, PAIR_TABLE};
+use super::launch_shape::{LaunchShape, PAIR_TABLE};
 use super::packed::{Fused, whole_tiles};
 use super::product::{Factor, Product, rows_each};
 use crate::codec::{Dtype, Geometry};

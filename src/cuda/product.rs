@@ -6,7 +6,8 @@ use candle_core::cuda_backend::cudarc;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use super::kernels::Kernels;
-use super::launch::{LaunchShape, launch, programmatic};
+use super::launch::{launch, programmatic};
+use super::launch_shape::LaunchShape;
 use super::packed::{Packed, kind_of};
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
