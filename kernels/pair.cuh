@@ -129,10 +129,11 @@ struct PairStreams {
         continue;
       }
       // In PTX: from the above the compiler makes a load to another register and a move from there. (For decoders,
-      // short of registers, it does better.) blockDim.y is 1; the multiplier has nothing else to do.
+      // short of registers, it does better.) blockDim.y is 1, which it does not know: so moves and the addition go to
+      // the multiplier, which has nothing else to do.
       asm volatile(
-          "{.reg .pred p; .reg .b32 c; and.b32 c, %4, 32; setp.ne.u32 p, c, 0; @p mov.b32 %0, %1; @p mov.b32 %1, %2; "
-          "@p ld.shared.u32 %2, [%3 + 12]; @p mad.lo.u32 %3, %5, 4, %3;}"
+          "{.reg .pred p; .reg .b32 c; and.b32 c, %4, 32; setp.ne.u32 p, c, 0; @p mad.lo.u32 %0, %1, %5, 0; "
+          "@p mad.lo.u32 %1, %2, %5, 0; @p ld.shared.u32 %2, [%3 + 12]; @p mad.lo.u32 %3, %5, 4, %3;}"
           : "+r"(w0[u]), "+r"(w1[u]), "+r"(w2[u]), "+r"(at[u])
           : "r"(bit[u] ^ before), "r"(blockDim.y)
           : "memory");
