@@ -2,7 +2,7 @@
 //
 // A block takes one tile, each of its four warps one band (64 rows). This is the readable reference: everything about a
 // matrix is decided at run time, by branches that all threads take alike; BF16 matrices as they usually are have kernels of their
-// own. Those whose columns fill whole tiles are decoded by rans.cu.
+// own. Those whose columns are a multiple of 64 are decoded by rans.cu.
 #include "tile_bf16.cuh"
 #include "tile_block.cuh"
 

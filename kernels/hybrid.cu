@@ -1,5 +1,5 @@
 // y = x W^T straight from a tile stream, for up to 8 rows of activations: the reference of fused products, for every kind of
-// matrix and every predictor. BF16 matrices whose columns fill whole tiles have a faster one, rans.cu.
+// matrix and every predictor. BF16 matrices whose columns are a multiple of 64 have a faster one, rans.cu.
 //
 // A warp takes a band: it decodes weights, multiplies them with the activations of the tile's columns and hands sums on as partial
 // ones. The last warp of a row of bands adds them, in the order of the columns: the same result from run to run.

@@ -16,11 +16,13 @@
 // Budget       warp-instructions for a unit of 2048 weights (SASS of sm_90a, loop and waits included): Q4_K 126 for up
 //              to 8 rows, 160 for up to 16, integers of 4 bits in groups of 128 91 and 112. Of Q4_K's 160, 40 are for
 //              codes, 17 products, 32 to scale, 18 for scales, 8 loads of activations. With fewer than some 110
-//              registers those loads wait for one another.
+//              registers those loads wait for one another. At 16 rows a unit takes 85 cycles of a multiprocessor, where
+//              the instructions need 40 and shared memory some 45: 32 for activations, which each tile reads anew.
 // In flight    36 KB an SM: activations come the faster the fewer weights are on their way.
 //
 // Launch       as product.cuh, with block FEW_BLOCK and dynamic shared memory few_shared_bytes(..); x_type bf16 or
-//              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; keep: tiles whose sums a team keeps
+//              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; keep: tiles whose sums a team keeps;
+//              slabs, where one does not fit, of at most four stages
 #pragma once
 #include <type_traits>
 

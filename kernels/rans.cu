@@ -9,6 +9,9 @@
 // still it is one instruction for 256 weights. Two rows of the band are the halves of A. A part's sums go to `partial`;
 // the last part of a row of them adds them, in the order of the columns: the same result from run to run.
 //
+// Of every kernel there are four: without levels or with them, for tiles that are all 256 columns wide or with a last
+// one that is _narrow.
+//
 // Launch   grid at most the multiprocessors, block at most RANS_THREADS, dynamic shared memory RANS_TABLES + a warp's
 //          RANS_RING_BYTES + 512 * columns; columns: batch * parts <= 1, or <= 8 for _8. Parts of an
 //          activation: 1 for bf16, 2 for f16, 3 for f32. Without _8 x must be 4-byte aligned. partial: tile columns *
@@ -40,8 +43,8 @@ struct Nothing {
   __device__ __forceinline__ void operator()(uint32_t, uint32_t, const RansRings&, uint32_t) const {}
 };
 
-// Part `line` from the top of tile column `col`, which is in the matrix.
-template <bool LEVELS, class Sink>
+// Part `line` from the top of tile column `col`, which is in the matrix. WHOLE: all tiles are 256 columns wide.
+template <bool LEVELS, bool WHOLE, class Sink>
 __device__ __forceinline__ void take_part(const Plan& plan, const RansBlock& block, const RansIndex& index,
                                           uint32_t line, uint32_t col, Sink& sink, uint32_t* status) {
   const uint32_t band_row = line / index.parts, part = line % index.parts, top = line * index.rows,
@@ -54,7 +57,10 @@ __device__ __forceinline__ void take_part(const Plan& plan, const RansBlock& blo
                          col,
                          part == 0 ? nullptr : index.later + (uint64_t)band * (index.parts - 1) + part - 1,
                          part == index.parts - 1 || top + index.rows >= plan.rows};
-  rans_part<LEVELS>(plan, block.stream, place, block.table, block.ring, work, sink, Nothing(), status);
+  if (WHOLE || rans_width(plan, col) == TILE)
+    rans_part<LEVELS, true>(plan, block.stream, place, block.table, block.ring, work, sink, Nothing(), status);
+  else
+    rans_part<LEVELS, false>(plan, block.stream, place, block.table, block.ring, work, sink, Nothing(), status);
 }
 
 struct Nowhere {
@@ -77,8 +83,8 @@ __device__ __forceinline__ void make_index(const uint8_t* bytes, const Plan& pla
   const uint32_t lane = stream_lane(), bands = (plan.rows + BAND_ROWS - 1) / BAND_ROWS * plan.tile_cols;
   for (uint32_t i = block.warp * gridDim.x + blockIdx.x; i < bands; i += gridDim.x * block.warps) {
     const uint32_t band_row = i / plan.tile_cols, col = i % plan.tile_cols, top = band_row * BAND_ROWS;
-    const RansPlace place =
-        rans_place(plan, block.stream, band_row / 4 * plan.tile_cols + col, band_row / 4, band_row % 4);
+    const RansPlace place = rans_place(plan, block.stream, band_row / 4 * plan.tile_cols + col, band_row / 4,
+                                       band_row % 4, rans_width(plan, col));
     if (lane == 0) index.places[i] = place;
     RansPart* const later = index.later + (uint64_t)i * (index.parts - 1);
     const auto before = [&](uint32_t row, uint32_t state, const RansRings& rings, uint32_t escapes) {
@@ -89,14 +95,14 @@ __device__ __forceinline__ void make_index(const uint8_t* bytes, const Plan& pla
     };
     const RansWork work = {top, min(BAND_ROWS, plan.rows - top), band_row, col, nullptr, true};
     Nowhere nowhere;
-    rans_part<false>(plan, block.stream, place, block.table, block.ring, work, nowhere, before, status);
+    rans_part<false, false>(plan, block.stream, place, block.table, block.ring, work, nowhere, before, status);
   }
 }
 
 // `count` rows of a matrix from row `from` on to `out`.
 struct RansToMemory {
-  uint8_t* out;  // of row `from`, this lane's columns
-  uint32_t stride, top, from, count;
+  uint8_t* out;                              // of row `from`, this lane's columns
+  uint32_t stride, top, from, count, steps;  // `steps`: of a row
 
   __device__ __forceinline__ void meanwhile(uint32_t, uint32_t, bool) {}
   __device__ __forceinline__ void end(uint32_t) {}
@@ -107,12 +113,13 @@ struct RansToMemory {
       if ((r == 1 && !two) || at >= count) continue;
       uint32_t* const line = (uint32_t*)(out + (uint64_t)at * stride);
 #pragma unroll
-      for (uint32_t s = 0; s < RANS_STEPS; s++) line[32 * s] = weights[r][s];
+      for (uint32_t s = 0; s < RANS_STEPS; s++)
+        if (s < steps) line[32 * s] = weights[r][s];
     }
   }
 };
 
-template <bool LEVELS>
+template <bool LEVELS, bool WHOLE>
 __device__ __forceinline__ void decode(const uint8_t* bytes, const Plan& plan, const RansIndex& index, uint32_t first,
                                        uint32_t rows, uint8_t* out, uint64_t stride, uint32_t* status) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -123,8 +130,10 @@ __device__ __forceinline__ void decode(const uint8_t* bytes, const Plan& plan, c
   RansTable::wait();
   for (uint32_t i = block.warp * gridDim.x + blockIdx.x; i < parts; i += gridDim.x * block.warps) {
     const uint32_t line = top + i / across, col = i % across;
-    RansToMemory sink = {out + col * TILE * 2 + stream_lane() * 4, (uint32_t)stride, line * index.rows, first, rows};
-    take_part<LEVELS>(plan, block, index, line, col, sink, status);
+    RansToMemory sink = {
+        out + col * TILE * 2 + stream_lane() * 4,       (uint32_t)stride, line * index.rows, first, rows,
+        WHOLE ? RANS_STEPS : rans_width(plan, col) / 64};
+    take_part<LEVELS, WHOLE>(plan, block, index, line, col, sink, status);
   }
 }
 
@@ -206,19 +215,22 @@ struct RansMultiply {
   }
 };
 
-// Those of a column of tiles.
-template <bool SINGLE>
+// Those of a column of tiles; zeros where it lacks some.
+template <bool WHOLE, bool SINGLE>
 __device__ __forceinline__ void fetch_activations(const Plan& plan, const Activations& a, uint32_t col,
                                                   RansMultiply<SINGLE>& sink) {
-  const uint32_t lane = stream_lane(), room = sink.room + threadIdx.x % 32 * 16, parts = a.dtype;
+  const uint32_t lane = stream_lane(), room = sink.room + threadIdx.x % 32 * 16, parts = a.dtype,
+                 steps = WHOLE ? RANS_STEPS : rans_width(plan, col) / 64;
   if constexpr (SINGLE) {
 #pragma unroll
-    for (uint32_t s = 0; s < RANS_STEPS; s++) sink.x[s] = ((const uint32_t*)a.x)[col * TILE / 2 + 32 * s + lane];
+    for (uint32_t s = 0; s < RANS_STEPS; s++)
+      sink.x[s] = s < steps ? ((const uint32_t*)a.x)[col * TILE / 2 + 32 * s + lane] : 0;
   } else if (parts == 1) {
     const uint16_t* x = (const uint16_t*)a.x + col * TILE + 2 * lane;
     for (uint32_t m = 0; m < a.batch; m++, x += plan.cols)
 #pragma unroll
-      for (uint32_t s = 0; s < RANS_STEPS; s++) sts32(room + m * 512 + 4 * s, x[64 * s] | x[64 * s + 1] << 16);
+      for (uint32_t s = 0; s < RANS_STEPS; s++)
+        sts32(room + m * 512 + 4 * s, s < steps ? x[64 * s] | x[64 * s + 1] << 16 : 0);
     __syncwarp();
   } else {
 #pragma unroll 1
@@ -226,8 +238,8 @@ __device__ __forceinline__ void fetch_activations(const Plan& plan, const Activa
       const uint32_t m = i / RANS_STEPS, s = i % RANS_STEPS;
       const uint64_t at = (uint64_t)m * plan.cols + col * TILE + 64 * s + 2 * lane;
       uint32_t one[3], other[3];
-      split(load_value(a.x, at, a.dtype), parts, one);
-      split(load_value(a.x, at + 1, a.dtype), parts, other);
+      split(s < steps ? load_value(a.x, at, a.dtype) : 0, parts, one);
+      split(s < steps ? load_value(a.x, at + 1, a.dtype) : 0, parts, other);
 #pragma unroll
       for (uint32_t part = 0; part < 3; part++)
         if (part < parts) sts32(room + (m * parts + part) * 512 + 4 * s, __byte_perm(one[part], other[part], 0x7632));
@@ -244,7 +256,7 @@ __device__ __forceinline__ uint32_t add_release(uint32_t* count) {
 }
 __device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-template <bool LEVELS, bool SINGLE>
+template <bool LEVELS, bool WHOLE, bool SINGLE>
 __device__ __forceinline__ void product(const uint8_t* bytes, const Plan& plan, const RansIndex& index,
                                         const Activations& a, uint32_t* status) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -261,7 +273,7 @@ __device__ __forceinline__ void product(const uint8_t* bytes, const Plan& plan, 
   wait_for_previous_kernel();
   for (uint32_t i = block.warp * gridDim.x + blockIdx.x; i < across * down; i += gridDim.x * block.warps) {
     const uint32_t line = i / across, col = i % across, top = line * index.rows;
-    fetch_activations(plan, a, col, sink);
+    fetch_activations<WHOLE>(plan, a, col, sink);
     if (SINGLE) {
       sink.sums = a.partial + (uint64_t)col * plan.rows + top;
       sink.limit = kept(min(index.rows, plan.rows - top));
@@ -270,7 +282,7 @@ __device__ __forceinline__ void product(const uint8_t* bytes, const Plan& plan, 
       sink.limit = lane % 9 == 0 || lane % 9 == 4 ? min(index.rows, plan.rows - top) - sink.odd() : 0;
     }
     asm volatile("" : "+l"(sink.sums));
-    take_part<LEVELS>(plan, block, index, line, col, sink, status);
+    take_part<LEVELS, WHOLE>(plan, block, index, line, col, sink, status);
 
     __syncwarp();
     uint32_t before = lane == 0 ? add_release(a.arrived + line) : 0;
@@ -305,21 +317,23 @@ extern "C" __global__ void __launch_bounds__(RANS_THREADS, 1)
   make_index(bytes, plan, index, status);
 }
 
-#define RANS_KERNELS(SUFFIX, LEVELS)                                                                    \
+#define RANS_KERNELS(SUFFIX, LEVELS, WHOLE)                                                             \
   extern "C" __global__ void __launch_bounds__(RANS_THREADS, 1) rans_decode##SUFFIX(                    \
       const uint8_t* bytes, const __grid_constant__ Plan plan, const __grid_constant__ RansIndex index, \
       uint32_t first, uint32_t rows, uint8_t* out, uint64_t stride, uint32_t* status) {                 \
-    decode<LEVELS>(bytes, plan, index, first, rows, out, stride, status);                               \
+    decode<LEVELS, WHOLE>(bytes, plan, index, first, rows, out, stride, status);                        \
   }                                                                                                     \
   extern "C" __global__ void __launch_bounds__(RANS_THREADS, 1) rans_product_1##SUFFIX(                 \
       const uint8_t* bytes, const __grid_constant__ Plan plan, const __grid_constant__ RansIndex index, \
       const __grid_constant__ Activations a, uint32_t* status) {                                        \
-    product<LEVELS, true>(bytes, plan, index, a, status);                                               \
+    product<LEVELS, WHOLE, true>(bytes, plan, index, a, status);                                        \
   }                                                                                                     \
   extern "C" __global__ void __launch_bounds__(RANS_THREADS, 1) rans_product_8##SUFFIX(                 \
       const uint8_t* bytes, const __grid_constant__ Plan plan, const __grid_constant__ RansIndex index, \
       const __grid_constant__ Activations a, uint32_t* status) {                                        \
-    product<LEVELS, false>(bytes, plan, index, a, status);                                              \
+    product<LEVELS, WHOLE, false>(bytes, plan, index, a, status);                                       \
   }
-RANS_KERNELS(, false)
-RANS_KERNELS(_levels, true)
+RANS_KERNELS(, false, true)
+RANS_KERNELS(_levels, true, true)
+RANS_KERNELS(_narrow, false, false)
+RANS_KERNELS(_narrow_levels, true, false)

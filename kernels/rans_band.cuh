@@ -2,7 +2,8 @@
 // most of.
 //
 //   For       kind and dtype BF16, 4-bit classes by rANS, 8 raw bits, levels (which never add up to more than 255) or
-//             not, columns a multiple of 256.
+//             not, columns a multiple of 64. Tiles are 256 columns wide but for the last one, perhaps, which has code
+//             of its own: fewer steps in a row.
 //   Index     made when the matrix is uploaded: where the sections of each band lie, and, so that several warps share a
 //             band, the 32 states before each of its parts but the first, with the words and escapes gone by. A band
 //             has 1, 2 or 4 parts: 0, 0.07 or 0.2 bits a weight.
@@ -149,9 +150,14 @@ __device__ __forceinline__ void rans_refill(uint32_t& state, uint32_t& at, uint3
       : "r"(below));
 }
 
-// Where band `index` of a tile lies, from the tile's record.
-__device__ inline RansPlace rans_place(const Plan& plan, Bytes stream, uint32_t tile, uint32_t tile_row,
-                                       uint32_t index) {
+// Columns of a tile.
+__device__ __forceinline__ uint32_t rans_width(const Plan& plan, uint32_t col) {
+  return min(TILE, plan.cols - col * TILE);
+}
+
+// Where band `index` of a tile of that width lies, from the tile's record.
+__device__ inline RansPlace rans_place(const Plan& plan, Bytes stream, uint32_t tile, uint32_t tile_row, uint32_t index,
+                                       uint32_t width) {
   const uint64_t record = HEADER_BYTES + TABLE_BYTES + (uint64_t)RECORD_BYTES * tile;
   const uint64_t offset = stream.load(record, 8), size = stream.u32(record + 16);
   const Bytes data = stream.part(offset, size);
@@ -159,11 +165,11 @@ __device__ inline RansPlace rans_place(const Plan& plan, Bytes stream, uint32_t 
   uint64_t start = align16(8 * bands);
   uint32_t coded_bytes = 0, listed = 0;
   for (uint32_t b = 0; b <= index; b++) {
-    if (b > 0) start += align16(coded_bytes) + BAND_ROWS * TILE + align16(listed);
+    if (b > 0) start += align16(coded_bytes) + align16(BAND_ROWS * width) + align16(listed);
     coded_bytes = data.u32(8 * b), listed = data.u32(8 * b + 4);
   }
   const uint32_t rows = min(BAND_ROWS, tile_rows - index * BAND_ROWS);
-  const uint64_t end = start + align16(coded_bytes) + rows * TILE + listed;
+  const uint64_t end = start + align16(coded_bytes) + align16(rows * width) + listed;
   const bool sound = data.len == size && (offset & 15) == 0 && coded_bytes >= 4 * LANES && end <= data.len &&
                      offset + start < 1ull << 36 &&
                      plan.scales + plan.rows + plan.cols <= stream.len;  // levels, if there are any
@@ -179,11 +185,12 @@ __device__ __forceinline__ void async_copy16_or_zeros(uint32_t dst, const void* 
 struct RansRings {
   const uint8_t *from, *raw_from;  // the lane's part of what is fetched next
   int32_t left, raw_left;          // bytes from there on
+  uint32_t four;                   // bytes of four rows
   uint32_t ring, oldest, at;       // the chunk that `at`, the place of the next word, is in
 
   __device__ RansRings(const uint8_t* words, uint32_t word_bytes, uint32_t gone, const uint8_t* raw, uint32_t raw_bytes,
-                       uint32_t ring_)
-      : ring(ring_), oldest(ring_), at(0) {
+                       uint32_t width, uint32_t ring_)
+      : four(4 * width), ring(ring_), oldest(ring_), at(0) {
     const uint32_t skip = 2 * gone / 16 * 16 + threadIdx.x % 32 * 16;
     from = words + skip, raw_from = raw + threadIdx.x % 32 * 16;
     left = (int32_t)(min(word_bytes, MOST) - skip), raw_left = (int32_t)(raw_bytes - threadIdx.x % 32 * 16);
@@ -200,12 +207,12 @@ struct RansRings {
     from += RANS_CHUNK, left -= RANS_CHUNK, oldest += RANS_CHUNK;
     if (oldest == ring + RANS_RING) oldest = ring, at -= RANS_RING;
   }
-  // The next four rows' to `slot`: 0 or RANS_FOUR.
+  // The next four rows' to `slot`: 0 or RANS_FOUR. If they are narrow, what follows them comes along.
   __device__ __forceinline__ void fetch_raw(uint32_t slot) {
     const uint32_t to = ring + RANS_RAW + lane_again() * 16 + slot;
     async_copy16_or_zeros(to, raw_from, raw_left > 0);
     async_copy16_or_zeros(to + 512, raw_from + 512, raw_left > 512);
-    raw_from += RANS_FOUR, raw_left -= RANS_FOUR;
+    raw_from += four, raw_left -= (int32_t)four;
   }
   // Before four rows, whose raw bits are at `slot`: these and two chunks from the next word on are there. What is
   // fetched now may still be on its way, but for a second chunk, which hardly ever is to be fetched: then it is waited
@@ -280,13 +287,15 @@ __device__ __forceinline__ void take_escapes(uint32_t (&e)[2][RANS_STEPS], uint3
 
 // Decodes it, with the warp's ring. sink(row, weights, two): two rows of the part, or its last one;
 // sink.meanwhile(step, row, first): while the first of them is decoded, or the third of four; sink.end(rows): after
-// all. before(row, state, rings, escapes): what has gone by before a row of the part.
-template <bool LEVELS, class Sink, class Before>
+// all. before(row, state, rings, escapes): what has gone by before a row of the part. WHOLE: the tile is 256 columns
+// wide; otherwise the columns that it lacks are given as zeros.
+template <bool LEVELS, bool WHOLE, class Sink, class Before>
 __device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const RansPlace& band, const RansTable& table,
                                           uint32_t ring, const RansWork& work, Sink& sink, const Before& before,
                                           uint32_t* status) {
   const uint32_t lane = stream_lane(), below = kept(stream_lanes_before()), rows = work.rows;
   const uint32_t tile = work.band_row / 4 * plan.tile_cols + work.col;
+  const uint32_t width = WHOLE ? TILE : kept(rans_width(plan, work.col)), steps = width / 64;
   RansRows weights;
   if (!band.sound) {
     for (uint32_t i = 0; i < RANS_STEPS; i++) weights[0][i] = weights[1][i] = 0;
@@ -305,11 +314,11 @@ __device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const 
   uint32_t state = __ldg((work.before ? work.before->states : (const uint32_t*)coded) + lane);
   const uint32_t above = work.top - work.band_row * BAND_ROWS;  // rows of the band before the part
   const uint8_t* const raws = coded + 4 * LANES + (band.word_bytes + 15) / 16 * 16;
-  const uint8_t* const escapes = raws + min(BAND_ROWS, plan.rows - work.band_row * BAND_ROWS) * TILE;  // of the band
+  const uint8_t* const escapes = raws + min(BAND_ROWS, plan.rows - work.band_row * BAND_ROWS) * width;  // of the band
   if (escape < band.listed) asm volatile("prefetch.global.L1 [%0];" ::"l"(escapes + escape));
-  RansRings rings(coded + 4 * LANES, band.word_bytes, gone, raws + above * TILE, rows * TILE, ring);
+  RansRings rings(coded + 4 * LANES, band.word_bytes, gone, raws + above * width, rows * width, width, ring);
   const uint32_t matrix = threadIdx.x % 32 / 8, line = threadIdx.x % 8;
-  const uint32_t raw_of_lane = kept(ring + RANS_RAW + line % 2 * TILE + 64 * matrix + line / 2 * 16);
+  const uint32_t raw_of_lane = kept(ring + RANS_RAW + line % 2 * width + 64 * matrix + line / 2 * 16);
   // Levels, times eight: of the rows 2 i and 2 i + 1 in the lane i, and of the lane's columns, one in each half.
   uint32_t of_rows = 0, of_cols[RANS_STEPS];
   if (LEVELS) {
@@ -320,8 +329,10 @@ __device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const 
                                                                                             work.col * TILE + 2 * lane;
     if (pair < rows) of_rows = (__ldg(of_row) | __ldg(of_row + 1) << 16) * 8;
 #pragma unroll
-    for (uint32_t s = 0; s < RANS_STEPS; s++)
-      of_cols[s] = kept((__ldg(of_col + 64 * s) | __ldg(of_col + 64 * s + 1) << 16) * 8);
+    for (uint32_t s = 0; s < RANS_STEPS; s++) {
+      of_cols[s] = 0;
+      if (WHOLE || s < steps) of_cols[s] = kept((__ldg(of_col + 64 * s) | __ldg(of_col + 64 * s + 1) << 16) * 8);
+    }
   }
   uint32_t row = 0, slot = 0;
   const auto two_rows = [&](const bool first) {
@@ -331,21 +342,24 @@ __device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const 
       const uint32_t of_row = LEVELS ? __byte_perm(of_two, 0, r == 0 ? 0x1010 : 0x3232) : 0;
 #pragma unroll
       for (uint32_t s = 0; s < RANS_STEPS; s++) {
-        const uint32_t slot = table.slot(state);
-        e[r][s] = table.exponents(slot);
-        state = (slot & 4095) * (state >> 12) + (slot >> 20);
-        rans_refill(state, rings.at, below);
-        marks |= e[r][s];
-        if (LEVELS) e[r][s] += of_cols[s] + of_row;
+        e[r][s] = 0;
+        if (WHOLE || s < steps) {
+          const uint32_t slot = table.slot(state);
+          e[r][s] = table.exponents(slot);
+          state = (slot & 4095) * (state >> 12) + (slot >> 20);
+          rans_refill(state, rings.at, below);
+          marks |= e[r][s];
+          if (LEVELS) e[r][s] += of_cols[s] + of_row;
+        }
         if (r == 0) sink.meanwhile(s, row, first);
       }
     };
     const auto join_row = [&](const uint32_t r) {
 #pragma unroll
       for (uint32_t s = 0; s < RANS_STEPS; s++)
-        weights[r][s] = join_bf16(__byte_perm(raw[s], 0, r == 0 ? 0x1100 : 0x3322), e[r][s]);
+        weights[r][s] = WHOLE || s < steps ? join_bf16(__byte_perm(raw[s], 0, r == 0 ? 0x1100 : 0x3322), e[r][s]) : 0;
     };
-    const uint32_t raw_at = raw_of_lane + slot + (first ? 0 : 2 * TILE);
+    const uint32_t raw_at = raw_of_lane + slot + (first ? 0 : 2 * width);
     decode_row(0);
     if (row + 1 == rows) {
       if (__any_sync(ALL, marks & 0x10001)) take_escapes<1>(e, escape, escapes, band.listed, below);

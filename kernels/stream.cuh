@@ -36,6 +36,7 @@ struct Stream {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// ---- PTX that only this kernel needs ----
 __device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
   uint32_t v;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
@@ -212,10 +213,12 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
     const uint32_t x_first = (uint32_t)b_descriptor(xs, N * 16);
     const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
     Pieces piece = pieces;
-    const auto plane = [&](uint32_t block, bool later) {
-      return (float4*)p.partial + (((size_t)block * 2 + later) * WGS + half) * (N / 8) * 128 + place;
+    // Where the sums of a warpgroup `of` are left: of a block's first piece of the product's block, or another.
+    const auto plane = [&](uint32_t block, bool later, uint32_t of) {
+      return (float4*)p.partial + (((size_t)block * 2 + later) * WGS + of) * (N / 8) * 128 + place;
     };
-    float c[N / 8][4];
+    float c[N / 8][4], apart[APART ? N / 8 : 1][4];
+    uint32_t a[4][8];
     const auto load = [&](uint32_t u) {
       if (left == 0) {
         mbarrier_wait(full + 8 * turn.slot, turn.phase);
@@ -228,38 +231,40 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
 #pragma unroll
       for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
       load(piece.first);
+      unit.vector(p, 0, a[0], mine, lane);
       uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
-      float apart[APART ? N / 8 : 1][4];
 #pragma unroll 1
       for (uint32_t u = piece.first; u < piece.last; u++) {
-        uint32_t a[2][8];
         float scale[2];
         if constexpr (APART) {
 #pragma unroll
           for (int i = 0; i < N / 2; i++) apart[i / 4][i % 4] = 0;
           scale[0] = unit.scale(0), scale[1] = unit.scale(1);
         }
+        mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
+        const uint32_t x = x_first + x_turn.slot * (S::X_BYTES / 16);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          uint32_t(&now)[8] = a[j & 1];
-          unit.vector(p, j, now, mine, lane);
-          if (j == 0) mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
-          const uint32_t x = x_first + x_turn.slot * (S::X_BYTES / 16) + j * (N * 4);
           wgmma_fence();
-          if constexpr (APART)
-            wgmma<false>(apart, now, descriptor(x)), wgmma<false>(apart, now + 4, descriptor(x + N * 2));
-          else
-            wgmma<false>(c, now, descriptor(x)), wgmma<false>(c, now + 4, descriptor(x + N * 2));
+#pragma unroll
+          for (int k = 0; k < 2; k++)
+            if constexpr (APART)
+              wgmma<false>(apart, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
+            else
+              wgmma<false>(c, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
           wgmma_commit();
-          if (j == 3) {
+          // The next vector is decoded while the tensor cores have this one's and perhaps that before.
+          if (j < 3)
+            unit.vector(p, j + 1, a[j + 1], mine, lane);
+          if (j == 2) {
             unit_at += L::UNIT_BYTES;
             if (--left == 0) {  // all that was read there has been decoded
               __syncwarp();
               fetch(turn.slot);
               turn.next();
             }
-            if (u + 1 < piece.last) load(u + 1);
           }
+          if (j == 3 && u + 1 < piece.last) load(u + 1), unit.vector(p, 0, a[0], mine, lane);
           wgmma_wait<1>();
           if (j == 0 && used && lane == 0) mbarrier_arrive(used);
         }
@@ -280,7 +285,7 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       if (lane == 0) mbarrier_arrive(used);
 
       if (piece.last - piece.first < piece.units) {  // others have the rest
-        float4* to = plane(me, piece.first > 0);
+        float4* to = plane(me, piece.first > 0, half);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
         bar_sync<8, 32 * S::WARPS>();
@@ -291,26 +296,24 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       store_results<N>(p, c, (piece.block / wide * S::WARPS + 4 * half) * TILE_ROWS, piece.block % wide * N, scratch,
                        half, place, pack_bf16);
     }
-    // Blocks that were cut: everybody who has a piece of one adds up some of its columns.
+    // Blocks that were cut: everybody who has a piece of one adds up some chunks of it, 16 columns of 64 rows each.
     const auto join = [&](uint32_t block) {
       const uint32_t first = block * pieces.units, owner = pieces.owner(first, grid),
                      count = pieces.owner(first + pieces.units - 1, grid) - owner + 1;
       uint32_t* const arrived = p.arrived + 2 * owner;
       if (threadIdx.x == 0) await_count(arrived, count);
       bar_sync<8, 32 * S::WARPS>();
+#pragma unroll 1
       for (uint32_t chunk = me - owner + half * count; chunk < WGS * N / 16; chunk += WGS * count) {
-        const uint32_t of = chunk % WGS, s = chunk / WGS;  // whose 64 rows, which 16 columns of activations
+        const uint32_t of = chunk % WGS, s = chunk / WGS;
         float sum[2][4] = {};
 #pragma unroll 4
-        for (uint32_t other = 0; other < count; other++) {
-          const float4* from = (const float4*)p.partial +
-                               (((size_t)(owner + other) * 2 + (other > 0)) * WGS + of) * (N / 8) * 128 + place;
+        for (uint32_t other = 0; other < count; other++)
 #pragma unroll
           for (int k = 0; k < 2; k++) {
-            const float4 v = __ldcg(from + (2 * s + k) * 128);
+            const float4 v = __ldcg(plane(owner + other, other > 0, of) + (2 * s + k) * 128);
             sum[k][0] += v.x, sum[k][1] += v.y, sum[k][2] += v.z, sum[k][3] += v.w;
           }
-        }
         store_results<16>(p, sum, (block / wide * S::WARPS + 4 * of) * TILE_ROWS, block % wide * N + 16 * s, scratch,
                           half, place, pack_bf16);
       }

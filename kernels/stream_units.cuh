@@ -117,6 +117,7 @@ struct StreamUnit<Fixed> {
     unit.start(lds8(trailer + 8 + u));
     unit.by128 = p.by128, unit.by8 = p.by8;
   }
+  // scratch: the warp's, 1 KB.
   __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) {
     if (j < 3) unit.sm[j + 1] = lds128(mine + 512 * (j + 1));  // comes while this one is decoded
     if (j == 1) unit.codes[1] = lds128(mine + 2560);

@@ -6,6 +6,8 @@
 // is. A logical operation joins them with two raw bytes. Levels are eight times that of the row and eight times that of the column,
 // added to the exponents: sixteenths of an octave end in the mantissas' places, carries in the signs'.
 //
+// A symbol waits for the one before it: the symbols of 256 weights are decoded while the 256 before them are joined.
+//
 // Budget of 256 weights, for each lane eight: 4 symbols of 22 instructions, 30 to join.
 #pragma once
 #include "tile_band.cuh"
@@ -28,6 +30,8 @@ __device__ inline void build_bf16_tables(const Plan &plan, Bytes stream, uint8_t
     }
     __syncthreads();
 }
+
+template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 
 // Those of `raw` where the mantissa and the sign are, else of `exponents`.
 __device__ inline uint32_t join_pair(uint32_t raw, uint32_t exponents) {
@@ -86,19 +90,18 @@ __device__ inline void decode_bf16(const Plan &plan, Bytes stream, const uint8_t
     uint2 next_raw = raw_of(8 * lane);
     uint32_t row = 8 * lane / cols, col = 8 * lane % cols, found = 0;
     const uint32_t more_rows = GROUP / cols, more_cols = GROUP % cols;
-    for (uint32_t group = 0; group < n; group += GROUP) {
-        const uint32_t first = group + 8 * lane, flip = group / GROUP % 2 * (GROUP / 2);
+    const auto symbols_of = [&](uint32_t group) { return symbols + group / GROUP % 2 * (GROUP / 2); };
+    const auto decode = [&](uint32_t group, uint32_t step) { symbols_of(group)[step * LANES + lane] = (uint8_t)coded.next(); };
+    // One group, and meanwhile the symbols of the next. WHOLE: there are 256 of its weights.
+    const auto take = [&](uint32_t group, auto whole) {
+        constexpr bool WHOLE = decltype(whole)::value;
+        const uint32_t first = group + 8 * lane, next = group + GROUP;
         const uint2 bytes = next_raw;
-        next_raw = raw_of(first + GROUP);
+        next_raw = raw_of(next + 8 * lane);
+        if (sound && first + RAW_AHEAD < n) prefetch(raw.p + first + RAW_AHEAD);
         coded.prepare();
-        if (n - group > GROUP - 64) {
-#pragma unroll
-            for (uint32_t step = 0; step < 4; step++) symbols[flip + step * LANES + lane] = (uint8_t)coded.next();
-        } else {
-            for (uint32_t step = 0; step < (n - group + 63) / 64; step++) symbols[flip + step * LANES + lane] = (uint8_t)coded.next();
-        }
-        __syncwarp();
-        const uint32_t four = *(const uint32_t *)(symbols + flip + 4 * lane);
+        const uint32_t four = *(const uint32_t *)(symbols_of(group) + 4 * lane);
+        if (WHOLE) decode(next, 0), decode(next, 1);
         uint32_t e[4];
 #pragma unroll
         for (uint32_t k = 0; k < 4; k++) e[k] = pairs[four >> 8 * k & 255];
@@ -111,13 +114,23 @@ __device__ inline void decode_bf16(const Plan &plan, Bytes stream, const uint8_t
         }
         const bool marked = first < n && (e[0] | e[1] | e[2] | e[3]) & 0x10001;
         if (__any_sync(ALL, marked)) found += take_escapes(e, marked, listed, found);
+        if (WHOLE) decode(next, 2), decode(next, 3);
         const uint4 weights = {join_pair(__byte_perm(bytes.x, 0, 0x1100), e[0]), join_pair(__byte_perm(bytes.x, 0, 0x3322), e[1]),
                                join_pair(__byte_perm(bytes.y, 0, 0x1100), e[2]), join_pair(__byte_perm(bytes.y, 0, 0x3322), e[3])};
         if (first < n) sink.write(first, row, col, weights);
-        sink.group(min(n, group + GROUP));
+        sink.group(min(n, next));
         row += more_rows, col += more_cols;
         if (col >= cols) col -= cols, row++;
-    }
+        if (!WHOLE)
+            for (uint32_t step = 0; step < 4 && next + 64 * step < n; step++) decode(next, step);
+    };
+    coded.prepare();
+    for (uint32_t step = 0; step < 4 && 64 * step < n; step++) decode(0, step);
+    uint32_t group = 0;
+#pragma unroll 1
+    for (; group + 2 * GROUP <= n; group += GROUP) take(group, Constant<true>());
+#pragma unroll 1
+    for (; group < n; group += GROUP) take(group, Constant<false>());
     const bool finished = coded.finished();
     if (lane == 0) {
         const bool counted = found == sections.escapes && listed.len == sections.escapes;

@@ -80,9 +80,14 @@ __device__ inline bool has_table(const Plan &plan) { return plan.coding == 1; }
 // Bytes of buffer that a warp needs: a ring of words and the symbols of 256 weights, and for INT8 the differences of a band.
 // Mirrors `cuda::decode::buffer_bytes`.
 constexpr uint32_t GROUP = 8 * LANES, CHUNK = 128, RING_BYTES = 4 * CHUNK;
+// So many bytes ahead words are fetched into the L2, and raw bits.
+constexpr uint32_t WORDS_AHEAD = 8 * CHUNK, RAW_AHEAD = 8 * GROUP;
 __device__ inline uint32_t buffer_bytes(const Plan &plan) {
     return (has_table(plan) ? RING_BYTES + GROUP : 0) + (plan.kind == INT8 ? BAND_WEIGHTS : 0);
 }
+
+// Into the L2: a warp decodes 256 weights in about the time that memory takes.
+__device__ inline void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Fills the 4096 slots of the decode table, by all threads of a block: frequency | symbol << 12 | (slot - start) << 20.
 // `starts` is scratch of 257 words.
@@ -149,13 +154,15 @@ struct Symbols {
     }
     // Before every four steps.
     __device__ void prepare() {
+#pragma unroll 1
         while (filled - taken < 2 * CHUNK) {
             const uint32_t lane = threadIdx.x % 32;
             *(uint32_t *)(ring + filled % RING_BYTES + 4 * lane) = next_chunk;
             filled += CHUNK;
             next_chunk = load(filled + 4 * lane);
-            __syncwarp();
+            if (filled + WORDS_AHEAD < length) prefetch(words + filled + WORDS_AHEAD);
         }
+        __syncwarp();
     }
     // The lane's next symbol.
     __device__ uint32_t next() {

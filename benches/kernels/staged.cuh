@@ -99,6 +99,8 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
       const int in_flight = std::max(1, (36864 + STAGE / 2) / STAGE),
                 least = FEW_TEAMS + std::min(in_flight, ceil_div(32768, STAGE));  // Ring in ring.cuh
       while (shared(least) > limit && slabs < shape.stages) slabs++;
+      // Where slabs meet anyway, activations of more than four stages take longer to come than more sums to add.
+      if (slabs > 1) slabs = std::max(slabs, ceil_div(shape.stages, 4));
       while (shape.tiles * slabs * 2 <= device.multiprocessors && slabs < shape.stages) slabs++;
       p.slots = least, launch.fits = shared(least) <= limit;
       while (p.slots < 16 && shared(p.slots + 1) <= limit) p.slots++;

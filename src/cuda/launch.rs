@@ -67,24 +67,25 @@ impl Groups {
         Groups { each, longer: each, blocks: each * slabs }
     }
 
-    /// So that the block that has most stages has as few as can be, and how many those are.
-    fn of(tiles: usize, stages: usize, slabs: usize, processors: usize) -> (Groups, usize) {
+    /// So that the block that has most stages has as few as can be.
+    fn of(tiles: usize, stages: usize, slabs: usize, processors: usize) -> Groups {
         let (length, more) = (stages / slabs, stages % slabs);
         if tiles == 0 {
-            return (Groups::even(0, slabs), 0);
+            return Groups::even(0, slabs);
         }
         let even = tiles.min((processors / slabs).max(1));
         let most = tiles.div_ceil(even) * stages.div_ceil(slabs);
-        for time in (length + 1..most).filter(|_| more > 0) {
+        let least = if more > 0 { (tiles * stages).div_ceil(processors.max(1)).max(length + 1) } else { most };
+        for time in least..most {
             let (each, longer) = (tiles.div_ceil(time / length), tiles.div_ceil(time / (length + 1)));
             if each * (slabs - more) + longer * more <= processors {
                 // What is left makes some blocks shorter.
                 let each = tiles.min((processors - longer * more) / (slabs - more));
                 let longer = tiles.min((processors - each * (slabs - more)) / more);
-                return (Groups { each, longer, blocks: each * (slabs - more) + longer * more }, time);
+                return Groups { each, longer, blocks: each * (slabs - more) + longer * more };
             }
         }
-        (Groups::even(even, slabs), most)
+        Groups::even(even, slabs)
     }
 }
 
@@ -138,7 +139,7 @@ impl LaunchShape {
                 let planes = 3 * batch * (units * UNIT_COLS + 64) + 32 * units;
                 let bytes = parts < 3 && columns <= 8 && batch <= family.byte_rows();
                 let activations = if bytes { exact.max(planes) } else { exact };
-                320 + keep(teams) * columns * 512 * teams + activations
+                384 + keep(teams) * columns * 512 * teams + activations
             };
             // Teams take stages in turn: slots must be more than what is on its way, see `Ring`. Those of a single row are
             // of four warps.
@@ -174,7 +175,7 @@ impl LaunchShape {
             let slots = ((room - besides) / slot).min(wanted).clamp(least, 16);
             LaunchShape {
                 kernel: if gain { kernel + TEAMS } else { kernel },
-                groups: Groups::of(tiles, stages, slabs, processors).0,
+                groups: Groups::of(tiles, stages, slabs, processors),
                 slabs,
                 threads: 256 * teams as u32 + 32,
                 shared: slots * slot + besides,
@@ -228,13 +229,17 @@ impl LaunchShape {
         let in_flight = family.stages_of(36_864);
         let least = TEAMS + in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
         let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
+        if slabs > 1 {
+            // Where slabs meet anyway, activations of more than four stages take longer to come than more sums to add.
+            slabs = slabs.max(stages.div_ceil(4));
+        }
         while tiles * slabs * 2 <= processors && slabs < stages {
             slabs += 1;
         }
         let slots = ((room - besides(slabs)) / slot).clamp(least, 16);
         let shape = LaunchShape {
             kernel,
-            groups: Groups::of(tiles, stages, slabs, processors).0,
+            groups: Groups::of(tiles, stages, slabs, processors),
             slabs,
             threads: 640,
             shared: slots * slot + besides(slabs),
@@ -273,7 +278,7 @@ impl LaunchShape {
         let slots = (5..=8).rev().find(|&slots| shared(slabs, slots, keep) <= room)?;
         let shape = LaunchShape {
             kernel,
-            groups: Groups::of(tiles, stages, slabs, processors).0,
+            groups: Groups::of(tiles, stages, slabs, processors),
             slabs,
             threads: 288,
             shared: shared(slabs, slots, keep),
@@ -382,4 +387,25 @@ pub(super) unsafe fn launch_with(
         let arguments = arguments.as_ptr().cast_mut().cast();
         sys::cuLaunchKernelEx(&config, function.cu_function(), arguments, std::ptr::null_mut()).result()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slabs_of_different_lengths_have_groups_of_their_own_number() {
+        // Two slabs of four stages and two of three: 28 stages for the longest block, where 33 groups for each had 32.
+        assert_eq!(Groups::of(256, 14, 4, 132), Groups { each: 29, longer: 37, blocks: 132 });
+        // As many stages in each, one slab, more slabs than processors, no tiles.
+        assert_eq!(Groups::of(256, 14, 7, 132), Groups::even(18, 7));
+        assert_eq!(Groups::of(384, 4, 1, 132), Groups::even(132, 1));
+        assert_eq!(Groups::of(5, 9, 4, 3), Groups::even(1, 4));
+        assert_eq!(Groups::of(0, 4, 3, 132).blocks, 0);
+        // Never more blocks than processors, nor more groups than tiles.
+        for (tiles, stages, slabs) in [(1, 3, 2), (7, 5, 3), (40, 11, 4), (256, 14, 5), (8016, 5, 2)] {
+            let groups = Groups::of(tiles, stages, slabs, 132);
+            assert!(groups.blocks <= 132 && groups.each.max(groups.longer) <= tiles, "{groups:?}");
+        }
+    }
 }

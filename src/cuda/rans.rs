@@ -1,5 +1,5 @@
-//! BF16 matrices at rest, decoded and multiplied at speed: `kernels/rans.cu`. Every other stream, and columns that fill no whole
-//! tiles, are left to the reference kernels.
+//! BF16 matrices at rest, decoded and multiplied at speed: `kernels/rans.cu`. Every other stream, and columns that are no
+//! multiple of 64, are left to the reference kernels.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -34,16 +34,20 @@ const RING: usize = 10 * 512;
 const COLUMN: usize = 512;
 /// Rows of a band.
 const BAND: usize = 64;
+/// Columns of a step of symbols.
+const STEP: usize = 64;
 /// Columns of activations of a launch.
 const COLUMNS: usize = 8;
 /// Rows of activations. More are faster with decoded weights: two take half as long again as one, four twice and a half.
 const ROWS: usize = 2;
 
-/// What the bands of a matrix are, for which there are kernels.
+/// What the bands of a matrix are, for which there are kernels. Narrow: the last ones have less than 256 columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Bands {
     Plain,
     Levels,
+    Narrow,
+    NarrowLevels,
 }
 
 impl Bands {
@@ -51,10 +55,13 @@ impl Bands {
     pub fn of(plan: &codec::Plan, geometry: Geometry, scales: &[u8]) -> Option<Bands> {
         let usual = (plan.kind, plan.dtype, plan.coding) == (Kind::Bf16, Dtype::Bf16, Coding::Rans)
             && (plan.class_bits, plan.raw_bits) == (4, 8)
-            && geometry.cols.is_multiple_of(TILE);
+            && geometry.cols.is_multiple_of(STEP);
+        let narrow = !geometry.cols.is_multiple_of(TILE);
         match plan.scale {
-            ScaleLayout::None if usual => Some(Bands::Plain),
-            ScaleLayout::Levels if usual && !saturate(geometry, scales) => Some(Bands::Levels),
+            ScaleLayout::None if usual => Some(if narrow { Bands::Narrow } else { Bands::Plain }),
+            ScaleLayout::Levels if usual && !saturate(geometry, scales) => {
+                Some(if narrow { Bands::NarrowLevels } else { Bands::Levels })
+            }
             _ => None,
         }
     }
@@ -112,7 +119,7 @@ impl BandIndex {
         plan: &Plan,
         status: &CudaSlice<u32>,
     ) -> Result<BandIndex> {
-        let bands = geometry.rows.div_ceil(BAND) * (geometry.cols / TILE);
+        let bands = geometry.rows.div_ceil(BAND) * geometry.cols.div_ceil(TILE);
         let parts = parts(bands, kernels.processors);
         let length = TABLE + bands * (PLACE + (parts - 1) * PART);
         let mut made = BandIndex { of, memory: alloc(device, length, "an index of its bands")?, bands, parts };
@@ -150,24 +157,25 @@ impl Index {
     }
 }
 
-/// The kernels, each without and with levels, and the shared memory that a block of it may have.
+/// The kernels, each for every kind of [`Bands`] but the first, and the shared memory that a block of it may have.
 pub(super) struct RansKernels {
     index: (CudaFunction, usize),
-    decode: [(CudaFunction, usize); 2],
-    single: [(CudaFunction, usize); 2],
-    eight: [(CudaFunction, usize); 2],
+    decode: [(CudaFunction, usize); 4],
+    single: [(CudaFunction, usize); 4],
+    eight: [(CudaFunction, usize); 4],
 }
 
 impl RansKernels {
     pub fn load(module: &Arc<CudaModule>, shared: i32) -> Result<RansKernels> {
-        let both = |name: &str| -> Result<[(CudaFunction, usize); 2]> {
-            Ok([function(module, name, shared)?, function(module, &format!("{name}_levels"), shared)?])
+        let all = |name: &str| -> Result<[(CudaFunction, usize); 4]> {
+            let of = |suffix: &str| function(module, &format!("{name}{suffix}"), shared);
+            Ok([of("")?, of("_levels")?, of("_narrow")?, of("_narrow_levels")?])
         };
         Ok(RansKernels {
             index: function(module, "rans_index", shared)?,
-            decode: both("rans_decode")?,
-            single: both("rans_product_1")?,
-            eight: both("rans_product_8")?,
+            decode: all("rans_decode")?,
+            single: all("rans_product_1")?,
+            eight: all("rans_product_8")?,
         })
     }
 }
@@ -204,7 +212,7 @@ impl DeviceStream {
         let Some(bands) = self.bands() else { return Ok(false) };
         let (kernels, cols) = (self.kernels(), self.geometry().cols);
         let (kernel, room) = &kernels.rans.decode[bands.of as usize];
-        let parts = (rows.end.div_ceil(bands.rows()) - rows.start / bands.rows()) * (cols / TILE);
+        let parts = (rows.end.div_ceil(bands.rows()) - rows.start / bands.rows()) * cols.div_ceil(TILE);
         let aligned = out.device_ptr(stream).0.is_multiple_of(4);
         let Some(grid) = grid(parts, kernels.processors, *room, (TABLES, RING)).filter(|_| aligned) else {
             return Ok(false);
@@ -234,7 +242,7 @@ impl DeviceStream {
         let (kernels, Geometry { rows, cols }, size) = (self.kernels(), self.geometry(), dtype.size());
         let (parts, _) = columns_of(dtype);
         let each = batch.min(COLUMNS / parts);
-        let (across, down) = (cols / TILE, rows.div_ceil(bands.rows()));
+        let (across, down) = (cols.div_ceil(TILE), rows.div_ceil(bands.rows()));
         let partial = across * each * rows;
         if batch == 0 || batch > ROWS || 4 * partial > WORKSPACE {
             return Ok(false);
