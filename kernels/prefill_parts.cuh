@@ -123,8 +123,34 @@ struct Turn {
   }
 };
 
-// The repairs that a unit needs. Most need none or one, so those of a stage's own list are taken one after another, by
-// the lane that has the weight; those of the overflow list are many, and go through shared memory.
+// Puts a repair of a stage's own list into a vector: the lane that has the weight does.
+__device__ __forceinline__ void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
+  const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
+                 halves = e & 1 ? 0x7610 : 0x3276;
+#pragma unroll
+  for (uint32_t p = 0; p < 8; p++)
+    if (place == p) a[p] = __byte_perm(a[p], e, halves);
+}
+
+// Puts in the `count` repairs of a stage that are for vector j of `unit`: they are many, in the overflow list, and go
+// through `scratch`, 1 KB of shared memory of the warp's.
+__device__ __forceinline__ void patch_listed(const uint32_t* list, uint32_t count, uint32_t unit, int j,
+                                             uint32_t (&a)[8], uint32_t scratch, int lane) {
+  sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
+  sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
+  __syncwarp();
+#pragma unroll 1
+  for (uint32_t i = lane; i < count; i += 32) {
+    const uint32_t e = __ldg(list + i);
+    if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
+  }
+  __syncwarp();
+  const uint4 lo = lds128(scratch + 16 * lane), hi = lds128(scratch + 512 + 16 * lane);
+  a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
+  __syncwarp();
+}
+
+// The repairs that a unit needs. Most need none or one, so those of a stage's own list are taken one after another.
 struct Repairs {
   uint32_t entry, vectors = 0, stage = 0, unit = 0;  // stage: where its trailer is
   __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
@@ -137,34 +163,11 @@ struct Repairs {
   }
   __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
                                         const uint32_t* overflow) const {
-    if (const uint32_t count = lds32(stage)) return patch_many(count, j, a, scratch, lane, overflow);
+    if (const uint32_t count = lds32(stage))
+      return patch_listed(overflow + lds32(stage + 4), count, unit, j, a, scratch, lane);
     uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
 #pragma unroll 1
-    while (left) {
-      const uint32_t e = __shfl_sync(~0u, entry, __ffs(left) - 1);
-      left &= left - 1;
-      const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
-                     halves = e & 1 ? 0x7610 : 0x3276;
-#pragma unroll
-      for (uint32_t p = 0; p < 8; p++)
-        if (place == p) a[p] = __byte_perm(a[p], e, halves);
-    }
-  }
-  __device__ __forceinline__ void patch_many(uint32_t count, int j, uint32_t (&a)[8], uint32_t scratch, int lane,
-                                             const uint32_t* overflow) const {
-    overflow += lds32(stage + 4);
-    sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
-    sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
-    __syncwarp();
-#pragma unroll 1
-    for (uint32_t i = lane; i < count; i += 32) {
-      const uint32_t e = __ldg(overflow + i);
-      if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
-    }
-    __syncwarp();
-    const uint4 lo = lds128(scratch + 16 * lane), hi = lds128(scratch + 512 + 16 * lane);
-    a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
-    __syncwarp();
+    for (; left; left &= left - 1) patch_one(__shfl_sync(~0u, entry, __ffs(left) - 1), a, lane);
   }
 };
 

@@ -67,18 +67,14 @@ struct StreamRepairs {
               : __popc(left) > 2 ? 15 | MORE
                                  : 1 << (first >> 9 & 3) | 1 << (second >> 9 & 3);
   }
-  __device__ __forceinline__ static void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
-    const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
-                   halves = e & 1 ? 0x7610 : 0x3276;
-#pragma unroll
-    for (uint32_t p = 0; p < 8; p++)
-      if (place == p) a[p] = __byte_perm(a[p], e, halves);
-  }
   // scratch: the warp's, 1 KB.
   __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
                                         const uint32_t* overflow) const {
     if (!(vectors >> j & 1)) return;
-    if (vectors & LISTED) return patch_listed(j, a, scratch, lane, overflow);
+    if (vectors & LISTED) {
+      const uint32_t count = lds32(stage);
+      return patch_listed(overflow + lds32(stage + 4), count, unit, j, a, scratch, lane);
+    }
     if (vectors & MORE) {
       uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
 #pragma unroll 1
@@ -87,23 +83,6 @@ struct StreamRepairs {
     }
     if ((first >> 9 & 3) == j) patch_one(first, a, lane);
     if ((second >> 9 & 3) == j) patch_one(second, a, lane);
-  }
-  __device__ __forceinline__ void patch_listed(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
-                                               const uint32_t* overflow) const {
-    const uint32_t count = lds32(stage);
-    overflow += lds32(stage + 4);
-    sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
-    sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
-    __syncwarp();
-#pragma unroll 1
-    for (uint32_t i = lane; i < count; i += 32) {
-      const uint32_t e = __ldg(overflow + i);
-      if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
-    }
-    __syncwarp();
-    const uint4 lo = lds128(scratch + 16 * lane), hi = lds128(scratch + 512 + 16 * lane);
-    a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
-    __syncwarp();
   }
 };
 
