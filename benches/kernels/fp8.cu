@@ -5,12 +5,9 @@
 //     target/fp8 check [--small]    against f64 of the rounded activations, and repeated launches against each other;
 //                                   prints what the rounding costs; exit status 1 on failure
 //     target/fp8 time               every width, blocks whole and cut; times include the arranging of activations
-#include <cstring>
-
 #include "../../kernels/fp8.cu"
-#include "cublas.cuh"
+#include "many_rows.cuh"
 #include "kquant.cuh"
-#include "timing.cuh"
 
 using namespace bench;
 
@@ -87,7 +84,7 @@ __global__ void round_rows(const uint16_t* x, int x_stride, double* out, int col
 
 // One warp an output. errors[0]: how many are wrong, [1]: the first one's place + 1; worst: of the errors over the sum
 // of magnitudes; squares: of the rounding's errors and of the exact products.
-__global__ void check_outputs(const float* w, const double* rounded, const uint16_t* x, int x_stride, const uint16_t* y,
+__global__ void check_rounded(const float* w, const double* rounded, const uint16_t* x, int x_stride, const uint16_t* y,
                               int y_stride, int rows, int cols, int batch, long long count, long long step,
                               uint32_t* errors, float* worst, double* squares) {
   const long long warp = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
@@ -113,7 +110,7 @@ __global__ void check_outputs(const float* w, const double* rounded, const uint1
   if (!fine && atomicAdd(errors, 1) == 0) errors[1] = (uint32_t)(place + 1);
 }
 
-static int checks = 0, failures = 0;
+static std::string name_of(const Width& width, bool cut) { return std::to_string(width.columns) + (cut ? " cut" : ""); }
 
 static void check(const Device& device, int rows, int cols, Kind kind, std::initializer_list<int> batches, int pad = 0,
                   bool special_x = false) {
@@ -129,53 +126,38 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
       for (bool cut : {false, true}) {
         if (width.columns >= batch + 128) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
-        const size_t outputs = (size_t)batch * y_stride;
-        Buffer<uint16_t> x((size_t)batch * x_stride), y(outputs);
+        const Buffer<uint16_t> x((size_t)batch * x_stride);
         make_activations<<<blocks_for((size_t)batch * x_stride), 256>>>(x.get(), (size_t)batch * x_stride, bench::BF16,
                                                                         special_x, 5);
         const Buffer<double> rounded((size_t)batch * cols), squares(2);
         round_rows<<<ceil_div(batch, 32), 32>>>(x.get(), x_stride, rounded.get(), cols, batch);
         Launches launches(device, packed, dense, batch, width, cut);
         const Buffer<uint8_t> arranged(launches.arranged_bytes());
-        std::vector<uint16_t> first(outputs), again(outputs);
-        bool same = true, kept = true;
-        const Buffer<uint32_t> errors(2);
         const Buffer<float> worst(1);
-        for (int round = 0; round < 3; round++) {
-          y.fill(0x77, outputs);
-          launches.run(x.get(), x_stride, arranged.get(), packed.weights(), y.get(), y_stride, 0, round != 1);
-          CUDA(cudaDeviceSynchronize());
-          y.download((round ? again : first).data(), outputs);
-          if (round) {
-            same = same && first == again;
-            continue;
-          }
-          errors.fill(0, 2), worst.fill(0, 1), squares.fill(0, 2);
-          const long long all = (long long)rows * batch, count = std::min<long long>(all, 200000);
-          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(
-              exact.get(), rounded.get(), x.get(), x_stride, y.get(), y_stride, rows, cols, batch, count,
-              all == count ? 1 : 102949, errors.get(), worst.get(), squares.get());
-        }
-        uint32_t e[2];
+        worst.fill(0, 1), squares.fill(0, 2);
+        const Outcome outcome = repeat(
+            3, rows, batch, y_stride,
+            [&](uint16_t* y, bool programmatic) {
+              launches.run(x.get(), x_stride, arranged.get(), packed.weights(), y, y_stride, 0, programmatic);
+            },
+            [&](const uint16_t* y, const Sample& sample, uint32_t* errors) {
+              check_rounded<<<sample.blocks(), 256>>>(exact.get(), rounded.get(), x.get(), x_stride, y, y_stride, rows,
+                                                      cols, batch, sample.count, sample.step, errors, worst.get(),
+                                                      squares.get());
+            });
         float most;
         double q[2];
-        errors.download(e, 2), worst.download(&most, 1), squares.download(q, 2);
-        for (int m = 0; m < batch; m++)
-          for (int r = rows; r < y_stride; r++) kept = kept && first[(size_t)m * y_stride + r] == 0x7777;
-        checks++;
-        const bool failed = e[0] || !same || !kept;
-        if (!failed && width.columns != 128) continue;
-        failures += failed;
-        printf("%s%dx%d %s, %d rows of x, width %d%s: %u wrong (first of x's row %d, row %d), error %.1e of the sum of "
-               "magnitudes; rounding of x costs %.4f%s%s\n",
-               failed ? "FAILED: " : "", rows, cols, name_of(kind), batch, width.columns, cut ? ", cut" : "", e[0],
-               (int)((e[1] - 1) / rows), (int)((e[1] - 1) % rows), most, sqrt(q[0] / q[1]),
-               same ? "" : ", not the same twice", kept ? "" : ", wrote past the rows");
+        worst.download(&most, 1), squares.download(q, 2);
+        if (!outcome.failed() && width.columns != 128) continue;
+        char more[96];
+        snprintf(more, sizeof more, ", error %.1e of the sum of magnitudes; rounding of x costs %.4f", most,
+                 sqrt(q[0] / q[1]));
+        printf("%s%dx%d %s, %d rows of x, width %s: %s\n", outcome.failed() ? "FAILED: " : "", rows, cols,
+               name_of(kind), batch, name_of(width, cut).c_str(), outcome.text(more).c_str());
       }
 }
 
-static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols,
-                       std::initializer_list<int> batches) {
+static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols) {
   const DenseMatrix dense = matrix(rows, cols, NORMAL);
   const Matrix packed(device, dense);
   const size_t weights = (size_t)rows * cols;
@@ -184,48 +166,21 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
   dequantize<LayoutInt4G128>
       <<<1056, 256>>>(dense.blocks.get(), exact.get(), rounded.get(), spread.get(), rows, cols, bench::BF16);
   const Rotation plain(rounded.get(), weights * 2, 700000000), copies(packed.weights(), packed.bytes(), 650000000);
-  for (int batch : batches) {
-    Buffer<uint16_t> x((size_t)batch * cols), y((size_t)batch * rows);
-    make_activations<<<blocks_for((size_t)batch * cols), 256>>>(x.get(), (size_t)batch * cols, bench::BF16, false, 5);
-    const auto peer = [&] {
-      return time_launches(16, [&](int i, cudaStream_t stream) {
-        cublas.product(stream, plain.of(i), x.get(), y.get(), rows, cols, batch);
-      });
-    };
-    const double before = peer();
-    std::string text;
-    double best = 1e9;
-    for (const Width& width : WIDTHS)
-      for (bool cut : {false, true}) {
-        if (width.columns >= batch + 128 || (width.columns == 64 && batch > 128)) continue;
-        Launches launches(device, packed, dense, batch, width, cut);
-        const Buffer<uint8_t> arranged(launches.arranged_bytes());
-        const double us = time_launches(16, [&](int i, cudaStream_t stream) {
-          launches.run(x.get(), cols, arranged.get(), copies.of(i), y.get(), rows, stream, true);
-        });
-        char line[64];
-        snprintf(line, sizeof line, "  %d%s %.1f", width.columns, cut ? " cut" : "", us);
-        text += line, best = std::min(best, us);
-      }
-    const double after = peer();
-    printf("%dx%d %4d rows: cuBLAS bf16 %.1f before, %.1f after; best %.1f us (%.2fx of the mean) |%s\n", rows, cols,
-           batch, before, after, best, (before + after) / 2 / best, text.c_str());
-  }
+  for (int batch : {64, 128, 256, 512, 1024})
+    time_beside(cublas, plain, rows, cols, batch, [&](const uint16_t* x, uint16_t* y, const auto& time) {
+      for (const Width& width : WIDTHS)
+        for (bool cut : {false, true}) {
+          if (width.columns >= batch + 128 || (width.columns == 64 && batch > 128)) continue;
+          Launches launches(device, packed, dense, batch, width, cut);
+          const Buffer<uint8_t> arranged(launches.arranged_bytes());
+          time(name_of(width, cut), [&](int i, cudaStream_t stream) {
+            launches.run(x, cols, arranged.get(), copies.of(i), y, rows, stream, true);
+          });
+        }
+    });
 }
 
-int main(int argc, char** argv) {
-  setvbuf(stdout, nullptr, _IOLBF, 0);
-  const bool timed = argc == 2 && !strcmp(argv[1], "time"), small = argc == 3 && !strcmp(argv[2], "--small");
-  if (!timed && !(argc >= 2 && !strcmp(argv[1], "check") && argc == 2 + small))
-    return fputs("usage: fp8 check [--small] | fp8 time\n", stderr), 2;
-  const Device device;
-  if (timed) {
-    const Cublas cublas;
-    for (auto [rows, cols] :
-         {std::pair{6144, 4096}, {4096, 4096}, {14336, 4096}, {28672, 4096}, {4096, 14336}, {8192, 2048}})
-      time_shape(device, cublas, rows, cols, {64, 128, 256, 512, 1024});
-    return 0;
-  }
+static void check_all(const Device& device, bool small) {
   check(device, 128, 128, NORMAL, {64});
   check(device, 256, 1024, NORMAL, {65, 256});
   check(device, 40, 2048, STUDENT_T, {65, 257}, 8);
@@ -240,6 +195,6 @@ int main(int argc, char** argv) {
     check(device, 4096, 4096, ROW_COL, {512});
     check(device, 14336, 4096, STUDENT_T, {64, 512});
   }
-  printf("%d checks, %d failures\n", checks, failures);
-  return failures != 0;
 }
+
+int main(int argc, char** argv) { return program("fp8", argc, argv, check_all, time_shape); }

@@ -82,18 +82,6 @@ struct Launch {
   void run(cudaStream_t stream, bool programmatic) const;
 };
 
-// A launch that may begin while the kernel before it still runs (programmatic stream serialisation), or a plain one.
-struct Config {
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-  Config(dim3 grid, int block, int shared_bytes, cudaStream_t stream, bool programmatic) {
-    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    if (programmatic) config.attrs = &attribute, config.numAttrs = 1;
-  }
-};
-
 inline void Launch::run(cudaStream_t stream, bool programmatic) const {
   const Config how(grid, block, shared_bytes, stream, programmatic);
   void* arguments[] = {(void*)&each};

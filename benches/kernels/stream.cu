@@ -7,9 +7,6 @@
 //
 // -DLAYOUT=LayoutQ4K, LayoutInt4G128 and so on (kernels/kquant_formats.cuh) take another layout than `fixed`. More
 // kernels are tried than the crate has of a layout.
-#include <cstring>
-#include <string>
-
 #ifndef LAYOUT
 #define LAYOUT Fixed
 #endif
@@ -17,8 +14,7 @@
 #include "../../kernels/repair.cu"
 #include "../../kernels/stream.cuh"
 #include "blocks.cuh"
-#include "cublas.cuh"
-#include "timing.cuh"
+#include "many_rows.cuh"
 
 using namespace bench;
 using namespace taper;
@@ -144,15 +140,9 @@ struct Launches {
   void run(const uint16_t* x, int x_stride, const uint8_t* weights, uint16_t* y, int y_stride, cudaStream_t stream,
            bool programmatic) {
     p.x = (const uint8_t*)x, p.x_stride = x_stride, p.weights = weights, p.y = y, p.y_stride = y_stride;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = width.threads, config.dynamicSmemBytes = width.shared,
-    config.stream = stream;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = programmatic;
+    const Config how(grid, width.threads, width.shared, stream, programmatic);
     void* arguments[] = {(void*)&p};
-    CUDA(cudaLaunchKernelExC(&config, width.kernel, arguments));
+    CUDA(cudaLaunchKernelExC(&how.config, width.kernel, arguments));
   }
 };
 
@@ -166,30 +156,6 @@ static DenseMatrix matrix(int rows, int cols, Kind kind) {
   make_weights<<<1056, 256>>>(dense.weights.get(), (size_t)rows * cols, cols, kind, 1);
   return dense;
 }
-
-// One warp an output: y against the sum in f64. errors[0]: how many are wrong, [1]: the first one's place + 1.
-__global__ void check_outputs(const uint16_t* w, const float* exact, const uint16_t* x, int x_stride, const uint16_t* y,
-                              int y_stride, int rows, int cols, int batch, long long count, long long step,
-                              uint32_t* errors) {
-  const long long warp = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / 32;
-  if (warp >= count) return;
-  const long long place = warp * step % ((long long)rows * batch);
-  const int m = place / rows, row = place % rows, lane = threadIdx.x % 32;
-  double sum = 0, size = 0;
-  for (int k = lane; k < cols; k += 32) {
-    const double t = (double)(exact ? exact[(size_t)row * cols + k] : from_bf16(w[(size_t)row * cols + k])) *
-                     from_bf16(x[(size_t)m * x_stride + k]);
-    sum += t, size += fabs(t);
-  }
-  for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o), size += __shfl_xor_sync(~0u, size, o);
-  const double got = from_bf16(y[(size_t)m * y_stride + row]);
-  const bool fine = isnan(sum)   ? isnan(got)
-                    : isinf(sum) ? got == sum
-                                 : fabs(got - sum) <= fabs(sum) / 250 + (BLOCKS ? 1e-5 : 4e-6) * size + 1e-38;
-  if (lane == 0 && !fine && atomicAdd(errors, 1) == 0) errors[1] = (uint32_t)(place + 1);
-}
-
-static int checks = 0, failures = 0;
 
 static std::string name_of(const Width& width, int pieces) {
   std::string s = std::to_string(width.columns) + "/" + std::to_string(64 * width.wgs);
@@ -207,87 +173,45 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
         Launches launches(device, packed, dense, batch, width, pieces);
         if (width.columns >= batch + 128 || !launches.grid) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
-        const size_t outputs = (size_t)batch * y_stride;
-        Buffer<uint16_t> x((size_t)batch * x_stride), y(outputs);
+        const Buffer<uint16_t> x((size_t)batch * x_stride);
         make_activations<<<blocks_for((size_t)batch * x_stride), 256>>>(x.get(), (size_t)batch * x_stride, bench::BF16,
                                                                         special_x, 5);
-        std::vector<uint16_t> first(outputs), again(outputs);
-        bool same = true, kept = true;
-        const Buffer<uint32_t> errors(2);
-        for (int round = 0; round < rounds; round++) {
-          y.fill(0x77, outputs);
-          launches.run(x.get(), x_stride, packed.weights(), y.get(), y_stride, 0, round != 1);
-          CUDA(cudaDeviceSynchronize());
-          y.download((round ? again : first).data(), outputs);
-          if (round) {
-            same = same && first == again;
-            continue;
-          }
-          errors.fill(0, 2);
-          const long long all = (long long)rows * batch, count = std::min<long long>(all, 200000);
-          check_outputs<<<(int)((count * 32 + 255) / 256), 256>>>(dense.weights.get(), dense.row_scales.get(), x.get(),
-                                                                  x_stride, y.get(), y_stride, rows, cols, batch, count,
-                                                                  all == count ? 1 : 102949, errors.get());
-        }
-        uint32_t e[2];
-        errors.download(e, 2);
-        for (int m = 0; m < batch; m++)
-          for (int r = rows; r < y_stride; r++) kept = kept && first[(size_t)m * y_stride + r] == 0x7777;
-        checks++;
-        if (!e[0] && same && kept) continue;
-        failures++;
-        printf("FAILED: %dx%d %s, %d rows of x, %s: %u wrong (first of x's row %d, row %d)%s%s\n", rows, cols,
-               name_of(kind), batch, name_of(width, pieces).c_str(), e[0], (int)((e[1] - 1) / rows),
-               (int)((e[1] - 1) % rows), same ? "" : ", not the same twice", kept ? "" : ", wrote past the rows");
+        const Outcome outcome = repeat(
+            rounds, rows, batch, y_stride,
+            [&](uint16_t* y, bool programmatic) {
+              launches.run(x.get(), x_stride, packed.weights(), y, y_stride, 0, programmatic);
+            },
+            [&](const uint16_t* y, const Sample& sample, uint32_t* errors) {
+              check_outputs<<<sample.blocks(), 256>>>(dense.weights.get(), dense.row_scales.get(), BLOCKS ? 1e-5 : 4e-6,
+                                                      x.get(), x_stride, y, y_stride, rows, cols, batch, sample.count,
+                                                      sample.step, errors);
+            });
+        if (outcome.failed())
+          printf("FAILED: %dx%d %s, %d rows of x, %s: %s\n", rows, cols, name_of(kind), batch,
+                 name_of(width, pieces).c_str(), outcome.text().c_str());
       }
 }
 
-static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols,
-                       std::initializer_list<int> batches) {
+static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols) {
   const DenseMatrix dense = matrix(rows, cols, ROW_COL);
   const Packed packed(dense);
-  const size_t weights = (size_t)rows * cols;
-  const Rotation plain(dense.weights.get(), weights * 2, 700000000),
+  const Rotation plain(dense.weights.get(), (size_t)rows * cols * 2, 700000000),
       copies(packed.weights(), packed.bytes(), 650000000);
-  for (int batch : batches) {
-    Buffer<uint16_t> x((size_t)batch * cols), y((size_t)batch * rows);
-    make_activations<<<blocks_for((size_t)batch * cols), 256>>>(x.get(), (size_t)batch * cols, bench::BF16, false, 5);
-    const double peer = time_launches(16, [&](int i, cudaStream_t stream) {
-      cublas.product(stream, plain.of(i), x.get(), y.get(), rows, cols, batch);
+  for (int batch : {32, 64, 128})
+    time_beside(cublas, plain, rows, cols, batch, [&](const uint16_t* x, uint16_t* y, const auto& time) {
+      for (const Width& width : WIDTHS)
+        for (int pieces = 0; pieces <= 8; pieces++) {
+          Launches launches(device, packed, dense, batch, width, pieces);
+          if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid)
+            continue;
+          if (pieces > 1 && launches.grid < 90) continue;
+          time(name_of(width, pieces),
+               [&](int i, cudaStream_t stream) { launches.run(x, cols, copies.of(i), y, rows, stream, true); });
+        }
     });
-    std::string text;
-    double best = 1e9;
-    for (const Width& width : WIDTHS)
-      for (int pieces = 0; pieces <= 8; pieces++) {
-        Launches launches(device, packed, dense, batch, width, pieces);
-        if (width.columns < std::min(batch, 128) || width.columns >= 2 * std::max(batch, 32) || !launches.grid)
-          continue;
-        if (pieces > 1 && launches.grid < 90) continue;
-        const double us = time_launches(16, [&](int i, cudaStream_t stream) {
-          launches.run(x.get(), cols, copies.of(i), y.get(), rows, stream, true);
-        });
-        char line[64];
-        snprintf(line, sizeof line, "  %s %.1f", name_of(width, pieces).c_str(), us);
-        text += line, best = std::min(best, us);
-      }
-    printf("%dx%d %d rows: cuBLAS %.1f; best %.1f us (%.2fx) |%s\n", rows, cols, batch, peer, best, peer / best,
-           text.c_str());
-  }
 }
 
-int main(int argc, char** argv) {
-  setvbuf(stdout, nullptr, _IOLBF, 0);
-  const bool timed = argc == 2 && !strcmp(argv[1], "time"), small = argc == 3 && !strcmp(argv[2], "--small");
-  if (!timed && !(argc >= 2 && !strcmp(argv[1], "check") && argc == 2 + small))
-    return fputs("usage: stream check [--small] | stream time\n", stderr), 2;
-  const Device device;
-  if (timed) {
-    const Cublas cublas;
-    for (auto [rows, cols] :
-         {std::pair{6144, 4096}, {4096, 4096}, {14336, 4096}, {28672, 4096}, {4096, 14336}, {8192, 2048}})
-      time_shape(device, cublas, rows, cols, {32, 64, 128});
-    return 0;
-  }
+static void check_all(const Device& device, bool small) {
   check(device, 128, 128, NORMAL, {64});
   check(device, 256, 1024, NORMAL, {65});
   check(device, 37, 2056, STUDENT_T, {65}, 8);
@@ -305,6 +229,6 @@ int main(int argc, char** argv) {
     check(device, 14336, 4096, STUDENT_T, {64, 128}, 0, false, 20);
     check(device, 300, 3000, STUDENT_T, {20, 64, 192}, 0, false, 50);
   }
-  printf("%d checks, %d failures\n", checks, failures);
-  return failures != 0;
 }
+
+int main(int argc, char** argv) { return program("stream", argc, argv, check_all, time_shape); }
