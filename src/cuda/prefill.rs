@@ -65,7 +65,7 @@ struct Arrange {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Prefill {
     pub weights: u64,
     pub overflow: u64,
@@ -85,29 +85,6 @@ pub(super) struct Prefill {
     /// Of `kernels/stream.cuh`, whose activations are not arranged.
     pub x_stride: i32,
     pub unused: i32,
-}
-
-impl Default for Prefill {
-    fn default() -> Prefill {
-        Prefill {
-            weights: 0,
-            overflow: 0,
-            x: 0,
-            y: 0,
-            partial: 0,
-            arrived: 0,
-            rows: 0,
-            cols: 0,
-            batch: 0,
-            y_stride: 0,
-            cut: 0,
-            by128: 128,
-            by8: 8,
-            y_type: kind_of(Dtype::Bf16),
-            x_stride: 0,
-            unused: 0,
-        }
-    }
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
@@ -192,6 +169,8 @@ impl Packed {
                 batch: batch as i32,
                 y_stride: rows as i32,
                 cut: plan.cut as i32,
+                by128: 128,
+                by8: 8,
                 y_type: kind_of(dtype),
                 ..Prefill::default()
             };

@@ -11,7 +11,7 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut,
 use super::family::Family;
 use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
-use super::packed::Packed;
+use super::packed::{Packed, kind_of};
 use super::prefill::Prefill;
 use super::shares::{Plan, Share, Width};
 use crate::codec::kquant::GgmlType;
@@ -104,6 +104,9 @@ impl Packed {
                 batch,
                 y_stride: rows,
                 cut,
+                by128: 128,
+                by8: 8,
+                y_type: kind_of(dtype),
                 x_stride: cols,
                 ..Prefill::default()
             };
