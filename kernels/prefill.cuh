@@ -24,7 +24,8 @@
 //              2 * grid zeroed words, zero again at the end. cut: fewer than two blocks for each of the grid.
 //              Both may be launched with programmatic stream serialisation (see product.cuh).
 #pragma once
-#include "prefill_parts.cuh"
+#include "prefill_order.cuh"
+#include "stream_units.cuh"
 
 namespace taper {
 
@@ -70,7 +71,7 @@ struct PrefillPlaces {
 // unit of a stage, and of a piece.
 template <class L, int N, class FirstTile, class Next>
 __device__ __forceinline__ void fetch_weights(const Prefill& p, const PrefillPlaces<L, N>& at, const Shape<L>& shape,
-                                              Pieces piece, uint64_t policy, int fetcher, FirstTile first_tile,
+                                              Pieces piece, int fetcher, FirstTile first_tile,
                                               Next next) {
   using R = PrefillRings<L, N>;
   constexpr int EACH = ceil_div(PREFILL_TILES, FETCHERS);
@@ -88,20 +89,19 @@ __device__ __forceinline__ void fetch_weights(const Prefill& p, const PrefillPla
       const uint32_t bar = at.a_full + 8 * turn.slot,
                      to = at.a_ring + turn.slot * R::A_BYTES + first_of_mine * L::UNIT_BYTES;
       const int stage = u / L::UNITS;
-      const bool first = u == piece.first || u % L::UNITS == 0;
+      const bool first = L::TRAILER > 0 && (u == piece.first || u % L::UNITS == 0);
       const size_t begin = stage * Shape<L>::stage_bytes(), offset = begin + (u - stage * L::UNITS) * L::UNIT_BYTES;
       mbarrier_wait(at.a_empty + 8 * turn.slot, turn.phase ^ 1);
       mbarrier_expect(bar, mine * (L::UNIT_BYTES + (first ? L::TRAILER : 0)));
 #pragma unroll
       for (int i = 0; i < EACH; i++)
-        if (i < mine) bulk_copy(to + i * L::UNIT_BYTES, from[i] + offset, L::UNIT_BYTES, bar, policy);
+        if (i < mine) bulk_copy(to + i * L::UNIT_BYTES, from[i] + offset, L::UNIT_BYTES, bar);
       if (!first) continue;
       const uint32_t trailers = at.trailers + trailer.slot * R::TRAILERS + first_of_mine * L::TRAILER;
 #pragma unroll
       for (int i = 0; i < EACH; i++)
         if (i < mine)
-          bulk_copy(trailers + i * L::TRAILER, from[i] + begin + shape.units_of(stage) * L::UNIT_BYTES, L::TRAILER, bar,
-                    policy);
+          bulk_copy(trailers + i * L::TRAILER, from[i] + begin + shape.units_of(stage) * L::UNIT_BYTES, L::TRAILER, bar);
       trailer.next();
     }
   }
@@ -112,15 +112,14 @@ template <class L, int N, class Next>
 __device__ __forceinline__ void fetch_activations(const Prefill& p, const PrefillPlaces<L, N>& at, Pieces piece,
                                                   int wide, Next next) {
   using R = PrefillRings<L, N>;
-  const uint64_t policy = evict_normal_policy();
   Turn<R::B_SLOTS> turn;
   while (next(piece)) {
-    const uint8_t* from = p.x + (size_t)(piece.block % wide) * piece.units * 2 * R::B_BYTES;
+    const uint8_t* from = p.arranged + (size_t)(piece.block % wide) * piece.units * 2 * R::B_BYTES;
     for (uint32_t h = 2 * piece.first; h < 2 * piece.last; h++, turn.next()) {
       const uint32_t bar = at.b_full + 8 * turn.slot;
       mbarrier_wait(at.b_empty + 8 * turn.slot, turn.phase ^ 1);
       mbarrier_expect(bar, R::B_BYTES);
-      bulk_copy(at.b_ring + turn.slot * R::B_BYTES, from + (size_t)h * R::B_BYTES, R::B_BYTES, bar, policy);
+      bulk_copy(at.b_ring + turn.slot * R::B_BYTES, from + (size_t)h * R::B_BYTES, R::B_BYTES, bar);
     }
   }
 }
@@ -156,16 +155,16 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     if (lane > 0) return;
     if (warp == CONSUMERS) {
       wait_for_previous_kernel();
+      await_order(p);
       fetch_activations<L, N>(p, at, piece, wide(), next);
     } else {
-      // Other blocks of columns read the same weights soon.
-      const uint64_t policy = wide() > 1 ? evict_normal_policy() : evict_first_policy();
-      fetch_weights<L, N>(p, at, shape, piece, policy, warp - CONSUMERS - 1, first_tile, next);
+      fetch_weights<L, N>(p, at, shape, piece, warp - CONSUMERS - 1, first_tile, next);
     }
     return;
   }
   take_registers<224>();
   wait_for_previous_kernel();
+  put_in_order<L::GROUP, N>(p, shape.units);
   const int half = warp >> 2, place = threadIdx.x & 127;
   const uint32_t scratch = at.scratches + warp * R::SCRATCH;
   const auto release = [&](uint32_t bar) {
@@ -174,18 +173,16 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
   Turn<R::A_SLOTS> a_turn, trailer_turn;
   Turn<R::B_SLOTS> b_turn;
   float c[N / 8][4];
-  typename L::Unit unit;
-  Repairs repairs;
-  uint32_t trailer = 0, loaded = 0;
+  StreamUnit<L> unit;
+  uint32_t trailer = 0, loaded = 0, a[4][8];
   const auto load = [&](int u, bool first) {
     mbarrier_wait(at.a_full + 8 * a_turn.slot, a_turn.phase);
     loaded = at.a_empty + 8 * a_turn.slot;
     if (first || u % L::UNITS == 0)
       trailer = at.trailers + trailer_turn.slot * R::TRAILERS + warp * L::TRAILER, trailer_turn.next();
-    unit.load(at.a_ring + a_turn.slot * R::A_BYTES + warp * L::UNIT_BYTES, trailer + 8, u % L::UNITS, lane);
-    unit.by128 = p.by128, unit.by8 = p.by8;
-    repairs.load(trailer, L::EXTRA, u % L::UNITS, lane);
+    unit.load(p, at.a_ring + a_turn.slot * R::A_BYTES + warp * L::UNIT_BYTES, trailer, u % L::UNITS, lane);
     a_turn.next();
+    unit.vector(p, 0, a[0], scratch, lane);
   };
   // The low words of descriptors; the high one is the same for all.
   const uint32_t b_first = (uint32_t)b_descriptor(at.b_ring, N * 16);
@@ -196,22 +193,20 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
     load(piece.first, true);
     for (int u = piece.first; u < piece.last; u++) {
-      uint32_t a[2][8];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        uint32_t (&now)[8] = a[j & 1];
-        unit.vector(j, now);
-        if (repairs.vectors >> j & 1) repairs.patch(j, now, scratch, lane, p.overflow);
         if (j % 2 == 0) mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase);
         const uint32_t b = b_first + b_turn.slot * (R::B_BYTES / 16) + j % 2 * (N * 4);
         wgmma_fence();
-        wgmma<false>(c, now, descriptor(b));
-        wgmma<false>(c, now + 4, descriptor(b + N * 2));
+        wgmma<false>(c, a[j], descriptor(b));
+        wgmma<false>(c, a[j] + 4, descriptor(b + N * 2));
         wgmma_commit();
+        // The next vector is decoded while the tensor cores have this one's and perhaps that before.
+        if (j < 3) unit.vector(p, j + 1, a[j + 1], scratch, lane);
         if (j == 3) {
           // Only now: an arrival may overtake loads that went before it, but the products have had all they brought.
           mbarrier_arrive(loaded);
-          if (u + 1 < piece.last) load(u + 1, false);  // the bytes come while the tensor cores work
+          if (u + 1 < piece.last) load(u + 1, false);
         }
         wgmma_wait<1>();
         if (j % 2 == 0) {

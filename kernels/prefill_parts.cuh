@@ -8,7 +8,7 @@ namespace taper {
 struct Prefill {
   const uint8_t* weights;
   const uint32_t* overflow;
-  const uint8_t* x;  // arranged; of stream.cuh bf16 as it is
+  const uint8_t* x;  // bf16; of fp8.cuh arranged
   uint16_t* y;       // bf16
   float* partial;
   uint32_t* arrived;
@@ -16,14 +16,8 @@ struct Prefill {
   int cut;         // blocks that are cut into pieces
   int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
   int y_type;      // as activations.cuh numbers it; bf16 but for fp8.cuh
-  int x_stride;    // of stream.cuh
-};
-
-struct Arrange {
-  const uint16_t* x;  // bf16
-  uint8_t* out;
-  int x_stride, batch, cols;
-  int width, padded;  // N of the product that follows; the batch rounded up to it
+  int x_stride;    // not of fp8.cuh
+  uint8_t* arranged;  // of prefill.cuh: room for x in its order
 };
 
 // Results of 32 columns and 64 rows, as they lie in shared memory before they are written.
@@ -55,35 +49,6 @@ struct Pieces {
     return block < blocks;
   }
 };
-
-// x (batch x cols) in prefill.cuh's order, a thread per vector and column of activations.
-__device__ __forceinline__ void arrange(const Arrange& p) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const int i = blockIdx.x * blockDim.x + threadIdx.x, n = i % p.padded, j = i / p.padded,
-            vectors = ceil_div(p.cols, UNIT_COLS) * 4;
-  if (j >= vectors) return;
-  uint4 v[4];
-  const uint16_t* from = p.x + (size_t)n * p.x_stride + 32 * j;
-  if (n < p.batch && 32 * j + 32 <= p.cols && ((size_t)from & 15) == 0) {
-#pragma unroll
-    for (int t = 0; t < 4; t++) v[t] = ((const uint4*)from)[t];
-  } else {
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-      uint32_t w[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int e = 0; e < 8; e++)
-        if (n < p.batch && 32 * j + 8 * t + e < p.cols) w[e / 2] |= (uint32_t)from[8 * t + e] << 16 * (e & 1);
-      v[t] = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-  }
-  uint4* to = (uint4*)p.out + ((size_t)(n / p.width) * vectors + j) * 4 * p.width + n % p.width;
-  to[0] = make_uint4(v[0].x, v[1].x, v[2].x, v[3].x);
-  to[p.width] = make_uint4(v[0].y, v[1].y, v[2].y, v[3].y);
-  to[2 * p.width] = make_uint4(v[0].z, v[1].z, v[2].z, v[3].z);
-  to[3 * p.width] = make_uint4(v[0].w, v[1].w, v[2].w, v[3].w);
-}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // ---- PTX that only this kernel needs ----

@@ -1,69 +1,66 @@
-// Checks and times the products of `fixed` with many rows of activations (kernels/prefill.cuh, compute capability 9.0)
-// beside cuBLAS. From the top of the repository:
+// Checks and times the products of many rows of activations (kernels/prefill.cuh, compute capability 9.0) beside cuBLAS.
+// From the top of the repository:
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/prefill benches/kernels/prefill.cu -ldl
 //     target/prefill check [--small]    against f64, and repeated launches against each other; exit status 1 on failure
 //     target/prefill time               every width, blocks whole and cut; times include the arranging of activations
-#include "../../kernels/prefill.cu"
-#include "many_rows.cuh"
-#include "staged.cuh"
+//
+// -DLAYOUT=LayoutQ4K and so on (kernels/kquant_formats.cuh) take another layout than `fixed`. More kernels are tried than
+// the crate has of a layout.
+#include "../../kernels/prefill_entry.cuh"
+#include "layout.cuh"
 
 using namespace bench;
+
+PREFILL(bench, LAYOUT, 128)
+PREFILL(bench, LAYOUT, 192)
+PREFILL(bench, LAYOUT, 256)
 
 struct Width {
   int columns, shared;
   const void* kernel;
 };
-static const Width WIDTHS[] = {{128, prefill_shared_bytes<Fixed, 128>(), (void*)fixed_prefill_128},
-                               {192, prefill_shared_bytes<Fixed, 192>(), (void*)fixed_prefill_192},
-                               {256, prefill_shared_bytes<Fixed, 256>(), (void*)fixed_prefill_256}};
+static const Width WIDTHS[] = {{128, prefill_shared_bytes<L, 128>(), (void*)bench_prefill_128},
+                               {192, prefill_shared_bytes<L, 192>(), (void*)bench_prefill_192},
+                               {256, prefill_shared_bytes<L, 256>(), (void*)bench_prefill_256}};
 
-// A product and the arranging of its activations, planned as src/cuda/prefill.rs does.
+// A product, planned as src/cuda/prefill.rs does.
 struct Launches {
   Prefill p = {};
   Width width;
-  int padded, grid, units;
+  int grid;
+  Buffer<uint8_t> arranged;
 
-  Launches(const Device& device, const Staged<Fixed>& packed, const DenseMatrix& dense, int batch, const Width& width_,
+  Launches(const Device& device, const Packed& packed, const DenseMatrix& dense, int batch, const Width& width_,
            bool cut)
       : width(width_) {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
-    const Shape<Fixed>& shape = packed.shape();
-    padded = ceil_div(batch, width.columns) * width.columns, units = shape.units;
-    const long long blocks = ceil_div(shape.tiles, PREFILL_TILES) * (long long)(padded / width.columns);
-    grid = (int)std::min<long long>(device.multiprocessors, cut ? blocks * units : blocks);
+    const Shape<L>& shape = packed.shape();
+    const long long wide = ceil_div(batch, width.columns), blocks = ceil_div(shape.tiles, PREFILL_TILES) * wide;
+    grid = (int)std::min<long long>(device.multiprocessors, cut ? blocks * shape.units : blocks);
     if (cut && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
+    arranged = Buffer<uint8_t>(wide * width.columns * shape.units * 256);
     p.weights = packed.weights(), p.overflow = packed.overflow();
     p.rows = dense.rows, p.cols = dense.cols, p.batch = batch;
     p.by128 = 128, p.by8 = 8;
-    p.partial = device.partial.get(), p.arrived = device.arrived.get();
+    p.partial = device.partial.get(), p.arrived = device.arrived.get(), p.arranged = arranged.get();
   }
-  size_t arranged_bytes() const { return (size_t)padded * units * 256; }
-  void run(const uint16_t* x, int x_stride, uint8_t* arranged, const uint8_t* weights, uint16_t* y, int y_stride,
-           cudaStream_t stream, bool programmatic) {
-    p.x = arranged, p.weights = weights, p.y = y, p.y_stride = y_stride;
-    const Config first(ceil_div(padded * units * 4, 256), 256, 0, stream, programmatic);
-    CUDA(cudaLaunchKernelEx(&first.config, prefill_arrange,
-                            Arrange{x, arranged, x_stride, p.batch, p.cols, width.columns, padded}));
-    const Config second(grid, PREFILL_BLOCK, width.shared, stream, programmatic);
+  void run(const uint16_t* x, int x_stride, const uint8_t* weights, uint16_t* y, int y_stride, cudaStream_t stream,
+           bool programmatic) {
+    p.x = (const uint8_t*)x, p.x_stride = x_stride, p.weights = weights, p.y = y, p.y_stride = y_stride;
+    const Config how(grid, PREFILL_BLOCK, width.shared, stream, programmatic);
     void* arguments[] = {(void*)&p};
-    CUDA(cudaLaunchKernelExC(&second.config, width.kernel, arguments));
+    CUDA(cudaLaunchKernelExC(&how.config, width.kernel, arguments));
   }
 };
-
-static DenseMatrix matrix(int rows, int cols, Kind kind) {
-  DenseMatrix dense(rows, cols, cols);
-  dense.weights = Buffer<uint16_t>((size_t)rows * cols);
-  make_weights<<<1056, 256>>>(dense.weights.get(), (size_t)rows * cols, cols, kind, 1);
-  return dense;
-}
 
 static std::string name_of(const Width& width, bool cut) { return std::to_string(width.columns) + (cut ? " cut" : ""); }
 
 static void check(const Device& device, int rows, int cols, Kind kind, std::initializer_list<int> batches, int pad = 0,
                   bool special_x = false, int rounds = 3) {
+  if (BLOCKS) cols = (cols + 255) / 256 * 256;
   const DenseMatrix dense = matrix(rows, cols, kind);
-  const Staged<Fixed> packed(device, dense);
+  const Packed packed(dense);
   for (int batch : batches)
     for (const Width& width : WIDTHS)
       for (bool cut : {false, true}) {
@@ -73,15 +70,15 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
         make_activations<<<blocks_for((size_t)batch * x_stride), 256>>>(x.get(), (size_t)batch * x_stride, bench::BF16,
                                                                         special_x, 5);
         Launches launches(device, packed, dense, batch, width, cut);
-        const Buffer<uint8_t> arranged(launches.arranged_bytes());
         const Outcome outcome = repeat(
             rounds, rows, batch, y_stride,
             [&](uint16_t* y, bool programmatic) {
-              launches.run(x.get(), x_stride, arranged.get(), packed.weights(), y, y_stride, 0, programmatic);
+              launches.run(x.get(), x_stride, packed.weights(), y, y_stride, 0, programmatic);
             },
             [&](const uint16_t* y, const Sample& sample, uint32_t* errors) {
-              check_outputs<<<sample.blocks(), 256>>>(dense.weights.get(), nullptr, 4e-6, x.get(), x_stride, y,
-                                                      y_stride, rows, cols, batch, sample.count, sample.step, errors);
+              check_outputs<<<sample.blocks(), 256>>>(dense.weights.get(), nullptr, BLOCKS ? 1e-5 : 4e-6, x.get(),
+                                                      x_stride, y, y_stride, rows, cols, batch, sample.count,
+                                                      sample.step, errors);
             });
         if (outcome.failed())
           printf("FAILED: %dx%d %s, %d rows of x, width %s: %s\n", rows, cols, name_of(kind), batch,
@@ -91,7 +88,7 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
 
 static void time_shape(const Device& device, const Cublas& cublas, int rows, int cols) {
   const DenseMatrix dense = matrix(rows, cols, ROW_COL);
-  const Staged<Fixed> packed(device, dense);
+  const Packed packed(dense);
   const Rotation plain(dense.weights.get(), (size_t)rows * cols * 2, 700000000),
       copies(packed.weights(), packed.bytes(), 650000000);
   for (int batch : {128, 192, 256, 512, 1024})
@@ -100,10 +97,8 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
         for (bool cut : {false, true}) {
           if (width.columns >= batch + 128) continue;
           Launches launches(device, packed, dense, batch, width, cut);
-          const Buffer<uint8_t> arranged(launches.arranged_bytes());
-          time(name_of(width, cut), [&](int i, cudaStream_t stream) {
-            launches.run(x, cols, arranged.get(), copies.of(i), y, rows, stream, true);
-          });
+          time(name_of(width, cut),
+               [&](int i, cudaStream_t stream) { launches.run(x, cols, copies.of(i), y, rows, stream, true); });
         }
     });
 }

@@ -7,47 +7,11 @@
 //
 // -DLAYOUT=LayoutQ4K, LayoutInt4G128 and so on (kernels/kquant_formats.cuh) take another layout than `fixed`. More
 // kernels are tried than the crate has of a layout.
-#ifndef LAYOUT
-#define LAYOUT Fixed
-#endif
-#include "../../kernels/fixed.cu"
-#include "../../kernels/repair.cu"
 #include "../../kernels/stream.cuh"
-#include "blocks.cuh"
-#include "many_rows.cuh"
+#include "layout.cuh"
 
 using namespace bench;
 using namespace taper;
-
-using L = LAYOUT;
-constexpr bool BLOCKS = L::GROUP >= 16;
-
-template <class L>
-__global__ void __launch_bounds__(256)
-    repack(const uint8_t* blocks, int rows, int cols, uint8_t* weights, uint32_t* not_finite) {
-  repack_stage<L>(blocks, rows, cols, weights, not_finite);
-}
-// Random blocks, and their values as weights.
-template <class L>
-static void make_blocks_of(DenseMatrix& dense, Kind kind) {
-  if constexpr (L::GROUP >= 16) {
-    using F = typename L::Source;
-    const int rows = dense.rows, cols = dense.cols;
-    const size_t count = (size_t)rows * (cols / F::Group::LEN);
-    dense.blocks = Buffer<uint8_t>(count * F::BYTES);
-    make_blocks<F><<<1056, 256>>>(dense.blocks.get(), count, kind, 1);
-    Buffer<float> exact((size_t)rows * cols), spread((size_t)rows * cols);
-    dequantize<L>
-        <<<1056, 256>>>(dense.blocks.get(), exact.get(), dense.weights.get(), spread.get(), rows, cols, bench::BF16);
-    CUDA(cudaDeviceSynchronize());
-    if (L::GROUP == 128) dense.row_scales = std::move(exact);  // integers are not rounded
-  }
-}
-template <class L>
-static void repack_all(const DenseMatrix& dense, int stages, uint8_t* weights, uint32_t* not_finite) {
-  if constexpr (L::GROUP >= 16)
-    repack<L><<<stages, 256>>>(dense.blocks.get(), dense.rows, dense.cols, weights, not_finite);
-}
 
 #define STREAM(N, WGS)                                                      \
   extern "C" __global__ void __launch_bounds__(Stream<L, N, WGS>::BLOCK, 1) \
@@ -75,42 +39,6 @@ static const Width WIDTHS[] = {width_of<32, 2>((void*)stream_32_2),  width_of<64
                                width_of<32, 4>((void*)stream_32_4),  width_of<64, 4>((void*)stream_64_4),
                                width_of<32, 3>((void*)stream_32_3),  width_of<64, 3>((void*)stream_64_3),
                                width_of<128, 2>((void*)stream_128_2)};
-
-// A matrix in the layout.
-class Packed {
- public:
-  Packed(const DenseMatrix& dense) : shape_(dense.rows, dense.cols) {
-    bytes_ = (size_t)shape_.tiles * shape_.tile_bytes();
-    weights_ = Buffer<uint8_t>(bytes_), weights_.fill(0xEE, bytes_);
-    const int stages = shape_.tiles * shape_.stages;
-    if (BLOCKS) {
-      overflow_ = Buffer<uint32_t>(1), overflow_.fill(0, 1);
-      repack_all<L>(dense, stages, weights_.get(), overflow_.get());
-      CUDA(cudaDeviceSynchronize());
-      return;
-    }
-    const uint32_t capacity = (uint32_t)std::min<size_t>((size_t)dense.rows * dense.cols + 1024, 1u << 28);
-    overflow_ = Buffer<uint32_t>(capacity);
-    const Buffer<uint32_t> totals(8);
-    totals.fill(0, 8);
-    const Buffer<uint4> plan(stages);
-    fixed_plan<<<stages, 256>>>(dense.weights.get(), dense.rows, dense.cols, dense.stride, plan.get());
-    repair_scan<<<1, 1024>>>(plan.get(), stages, totals.get());
-    fixed_pack<<<stages, 256>>>(dense.weights.get(), dense.rows, dense.cols, dense.stride, plan.get(), weights_.get(),
-                                overflow_.get(), capacity);
-    CUDA(cudaDeviceSynchronize());
-  }
-  size_t bytes() const { return bytes_; }
-  const uint8_t* weights() const { return weights_.get(); }
-  const uint32_t* overflow() const { return overflow_.get(); }
-  const Shape<L>& shape() const { return shape_; }
-
- private:
-  Shape<L> shape_;
-  size_t bytes_;
-  Buffer<uint8_t> weights_;
-  Buffer<uint32_t> overflow_;
-};
 
 // A product. pieces: 0 leaves blocks whole, 1 cuts them so that all multiprocessors have as much to do, others are
 // those of each block.
@@ -145,17 +73,6 @@ struct Launches {
     CUDA(cudaLaunchKernelExC(&how.config, width.kernel, arguments));
   }
 };
-
-static DenseMatrix matrix(int rows, int cols, Kind kind) {
-  DenseMatrix dense(rows, cols, cols);
-  dense.weights = Buffer<uint16_t>((size_t)rows * cols);
-  if (BLOCKS) {
-    make_blocks_of<L>(dense, kind);
-    return dense;
-  }
-  make_weights<<<1056, 256>>>(dense.weights.get(), (size_t)rows * cols, cols, kind, 1);
-  return dense;
-}
 
 static std::string name_of(const Width& width, int pieces) {
   std::string s = std::to_string(width.columns) + "/" + std::to_string(64 * width.wgs);

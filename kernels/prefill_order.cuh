@@ -1,0 +1,69 @@
+// Activations in the order in which prefill.cuh multiplies them: all blocks of the grid bring a share of them into it,
+// then wait for each other. A kernel of its own would take twice as long.
+#pragma once
+#include "kquant.cuh"
+#include "prefill_parts.cuh"
+
+namespace taper {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// 32 columns of a row of x: v[t] has columns 8 t and on. What is outside of x is zero.
+__device__ __forceinline__ void load_vector(const Prefill& p, int row, int column, uint4 (&v)[4]) {
+  const uint16_t* from = (const uint16_t*)p.x + (size_t)row * p.x_stride + column;
+  if (row < p.batch && column + 32 <= p.cols && ((size_t)from & 15) == 0) {
+#pragma unroll
+    for (int t = 0; t < 4; t++) v[t] = __ldcg((const uint4*)from + t);
+    return;
+  }
+#pragma unroll
+  for (int t = 0; t < 4; t++) {
+    uint32_t w[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (row < p.batch && column + 8 * t + e < p.cols) w[e / 2] |= (uint32_t)from[8 * t + e] << 16 * (e & 1);
+    v[t] = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+}
+
+// Word w of v[t].
+__device__ __forceinline__ uint32_t word_of(const uint4 (&v)[4], int t, int w) {
+  return w == 0 ? v[t].x : w == 1 ? v[t].y : w == 2 ? v[t].z : v[t].w;
+}
+
+// The block's share, by its consumers. GROUP: of the layout, as weights in groups of 16 have an order of their own.
+template <int GROUP, int N>
+__device__ __forceinline__ void put_in_order(const Prefill& p, int units) {
+  const int padded = ceil_div(p.batch, N) * N, count = padded * units * 4;
+  for (int i = blockIdx.x * CONSUMER_THREADS + threadIdx.x; i < count; i += gridDim.x * CONSUMER_THREADS) {
+    const int j = i / padded, n = i - j * padded;
+    uint4 v[4];
+    load_vector(p, n, 32 * j, v);
+    uint4* const to = (uint4*)p.arranged + ((size_t)(n / N) * units * 4 + j) * 4 * N + n % N;
+#pragma unroll
+    for (int q = 0; q < 4; q++) {  // of lanes t the columns of registers 2 q and 2 q + 1
+      uint32_t w[4];
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+        const int column = column_of<GROUP>(2 * q, t);
+        w[t] = word_of(v, column / 8, column % 8 / 2);
+      }
+      __stcg(to + q * N, make_uint4(w[0], w[1], w[2], w[3]));
+    }
+  }
+  fence_async_proxy_global();
+  bar_sync<8, CONSUMER_THREADS>();
+  if (threadIdx.x == 0) atomic_add_ordered(p.arrived, 1);
+}
+
+// Until all blocks have done so; by one thread of each. Block 0 has no flags in `arrived`, as it has the first piece of
+// whatever it works on.
+__device__ __forceinline__ void await_order(const Prefill& p) {
+  uint32_t v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p.arrived) : "memory");
+  while (v < gridDim.x);
+  fence_async_proxy_global();
+  if (atomic_add_ordered(p.arrived + 1, 1) == gridDim.x - 1) p.arrived[0] = p.arrived[1] = 0;
+}
+#endif
+
+}  // namespace taper
