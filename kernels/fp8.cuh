@@ -225,7 +225,7 @@ __device__ __forceinline__ void fp8_product(const Prefill& p) {
   if (warp >= CONSUMERS) {
     give_registers<40>();
     if (warp == CONSUMERS) {
-      const uint64_t policy = wide > 1 ? evict_normal_policy() : evict_first_policy();
+      const uint64_t policy = evict_first_policy();
       fetch_units<R::SLOTS>(
           full, empty, R::A_BYTES, piece, blocks, [](int) {},
           [&](int u, int slot, uint32_t bar) {
@@ -238,7 +238,6 @@ __device__ __forceinline__ void fp8_product(const Prefill& p) {
                         L::UNIT_BYTES, bar, policy);
           });
     } else if (warp == CONSUMERS + 1) {
-      const uint64_t policy = evict_normal_policy();
       Turn<R::SUMS_SLOTS> sums_turn;
       wait_for_previous_kernel();
       fetch_units<R::SLOTS>(
@@ -251,14 +250,14 @@ __device__ __forceinline__ void fp8_product(const Prefill& p) {
               const size_t at = (size_t)(piece.block % wide) * ceil_div(shape.units, FP8_SUMS) + u / FP8_SUMS;
               mbarrier_expect(bar, FP8_SUMS_BYTES<N>);
               bulk_copy(sums_ring + sums_turn.slot * FP8_SUMS_BYTES<N>, p.x + arranged.sums + at * FP8_SUMS_BYTES<N>,
-                        FP8_SUMS_BYTES<N>, bar, policy);
+                        FP8_SUMS_BYTES<N>, bar);
             }
             __syncwarp();
             sums_turn.next();
           },
           [&](int u, int slot, uint32_t bar) {
             bulk_copy(b_ring + slot * R::B_BYTES, p.x + ((size_t)(piece.block % wide) * shape.units + u) * R::B_BYTES,
-                      R::B_BYTES, bar, policy);
+                      R::B_BYTES, bar);
           });
     }
     __syncwarp();

@@ -3,6 +3,4 @@
 
 using namespace taper;
 
-PREFILL(fixed, Fixed, 128)
-PREFILL(fixed, Fixed, 192)
-PREFILL(fixed, Fixed, 256)
+PREFILLS(fixed, Fixed)

@@ -1,5 +1,5 @@
 // y = x W^T for many columns of activations (65 to a thousand) on compute capability 9.0: weights are decoded into the
-// registers that wgmma reads as A, while the tensor cores work on those decoded before.
+// registers that wgmma reads as A; of two warpgroups one decodes while the tensor cores have what the other decoded.
 //
 // Work split   A block is 128 rows of the matrix x N columns of activations (N = 128, 192 or 256), K in units of
 //              128 columns. A block of the grid takes whole blocks of the product in turn; where that would leave SMs
@@ -7,22 +7,27 @@
 //              dealt out whole. Who has the first piece of a block adds the others' sums, in order.
 // Warps        Two warpgroups of consumers, 64 rows each, a tile of 16 rows a warp; and one whose first warp fetches
 //              activations and whose others fetch weights, into a ring each. Accumulators take N / 2 registers.
-// Order of x   `prefill_arrange` writes x as it will lie in shared memory, so that one bulk copy fetches 64 columns of
-//              K: block of N columns of activations, vector of 32 columns of K, then as in warpgroup.cuh 16 bytes with
-//              the eight values that two registers of four lanes' A fragments meet: chunk q of vector j is columns
-//              32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1). What lies past the matrix's columns or the batch is zero.
-// Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2600 to 2900. Decoding it is 300
-//              instructions of each of two warps a scheduler, and products hide only part of them. In it 24.5 KB of
-//              weights and 64 KB of x arrive, and the tensor cores read 64 bytes a cycle from shared memory.
+// Order of x   First the grid brings x into the order of shared memory (prefill_order.cuh), so that one bulk copy
+//              fetches 64 columns of K: block of N columns of activations, vector of 32 columns of K, then as in
+//              stream.cuh 16 bytes with the eight values that two registers of four lanes' A fragments meet: chunk q of
+//              vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1), with groups of 16 those of column_of in
+//              kquant.cuh. What lies past the matrix's columns or the batch is zero.
+// Turns        A warpgroup decodes a unit, waits for its turn, has the tensor cores multiply the unit and passes the
+//              turn on. Otherwise both decode at the same time, and then both wait for the tensor cores.
+// Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2300 of `fixed`, 2400 of Q4_K. Decoding
+//              takes 260 instructions of each of two warps a scheduler (`fixed`). An SM gets 64 KB of x a unit, which
+//              all of them together could not read from the second-level cache in that time: what several read at about
+//              the same time is read once, if copies have no cache hint (bulk_copy in ptx.cuh). Before the first unit
+//              4 us pass for the order of 4 MB of x; where blocks are cut, 7 us for sums and results after the last. At
+//              28672 x 4096 the power limit halves what is left of it: clocks fall from 1.8 to 1.4 GHz.
 // Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
 //              `grid` only, so the result is the same from run to run.
 //
-// Launch       prefill_arrange: grid ceil(padded batch * units * 4 / 256), block 256, padded batch: batch rounded up to
-//              N; `x` of the product: padded batch * units * 256 bytes, 128-byte aligned.
-//              *_prefill_N: grid at most the SMs (blocks wait for each other), block 384; dynamic
-//              shared memory prefill_shared_bytes<L, N>(). partial, unless cut = 0: grid * 128 * N floats; arrived:
-//              2 * grid zeroed words, zero again at the end. cut: fewer than two blocks for each of the grid.
-//              Both may be launched with programmatic stream serialisation (see product.cuh).
+// Launch       grid: at most the SMs (blocks wait for each other); block 384; dynamic shared memory
+//              prefill_shared_bytes<L, N>(). x: bf16, rows x_stride apart. arranged: batch rounded up to N, * units *
+//              256 bytes, 128-byte aligned. partial, unless cut = 0: grid * 128 * N floats; arrived: 2 * grid zeroed
+//              words, zero again at the end. cut: fewer than two blocks for each of the grid. May be launched with
+//              programmatic stream serialisation (see product.cuh).
 #pragma once
 #include "prefill_order.cuh"
 #include "stream_units.cuh"
@@ -71,11 +76,12 @@ struct PrefillPlaces {
 // unit of a stage, and of a piece.
 template <class L, int N, class FirstTile, class Next>
 __device__ __forceinline__ void fetch_weights(const Prefill& p, const PrefillPlaces<L, N>& at, const Shape<L>& shape,
-                                              Pieces piece, int fetcher, FirstTile first_tile,
-                                              Next next) {
+                                              Pieces piece, int fetcher, FirstTile first_tile, Next next) {
   using R = PrefillRings<L, N>;
   constexpr int EACH = ceil_div(PREFILL_TILES, FETCHERS);
   const int first_of_mine = fetcher * EACH, mine = min(EACH, PREFILL_TILES - first_of_mine);
+  // Read once, or twice within moments, and not to push activations out of the second-level cache.
+  const uint64_t policy = evict_first_policy();
   Turn<R::A_SLOTS> turn, trailer;
   while (next(piece)) {
     // Tiles past the matrix's last repeat its first: their products are dropped.
@@ -95,13 +101,14 @@ __device__ __forceinline__ void fetch_weights(const Prefill& p, const PrefillPla
       mbarrier_expect(bar, mine * (L::UNIT_BYTES + (first ? L::TRAILER : 0)));
 #pragma unroll
       for (int i = 0; i < EACH; i++)
-        if (i < mine) bulk_copy(to + i * L::UNIT_BYTES, from[i] + offset, L::UNIT_BYTES, bar);
+        if (i < mine) bulk_copy(to + i * L::UNIT_BYTES, from[i] + offset, L::UNIT_BYTES, bar, policy);
       if (!first) continue;
       const uint32_t trailers = at.trailers + trailer.slot * R::TRAILERS + first_of_mine * L::TRAILER;
 #pragma unroll
       for (int i = 0; i < EACH; i++)
         if (i < mine)
-          bulk_copy(trailers + i * L::TRAILER, from[i] + begin + shape.units_of(stage) * L::UNIT_BYTES, L::TRAILER, bar);
+          bulk_copy(trailers + i * L::TRAILER, from[i] + begin + shape.units_of(stage) * L::UNIT_BYTES, L::TRAILER, bar,
+                    policy);
       trailer.next();
     }
   }
@@ -182,43 +189,47 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
       trailer = at.trailers + trailer_turn.slot * R::TRAILERS + warp * L::TRAILER, trailer_turn.next();
     unit.load(p, at.a_ring + a_turn.slot * R::A_BYTES + warp * L::UNIT_BYTES, trailer, u % L::UNITS, lane);
     a_turn.next();
-    unit.vector(p, 0, a[0], scratch, lane);
   };
+  const auto x_there = [&] { mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase); };
   // The low words of descriptors; the high one is the same for all.
   const uint32_t b_first = (uint32_t)b_descriptor(at.b_ring, N * 16);
   const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
+  // The products with two vectors of the unit, which have activations of their own; where those are to be released.
+  const auto multiply = [&](int j0) {
+    const uint32_t b = b_first + b_turn.slot * (R::B_BYTES / 16), used = at.b_empty + 8 * b_turn.slot;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) wgmma<false>(c, a[j0 + k / 2] + k % 2 * 4, descriptor(b + k * (N * 2)));
+    wgmma_commit();
+    b_turn.next();
+    return used;
+  };
+  // The barriers of turns: each is passed by one warpgroup's waiting and the other's arrival.
+  constexpr int TURN = 4;
+  if (half == 1) bar_arrive_of<CONSUMER_THREADS>(TURN);
   while (next(piece)) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
-    uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
     load(piece.first, true);
     for (int u = piece.first; u < piece.last; u++) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        if (j % 2 == 0) mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase);
-        const uint32_t b = b_first + b_turn.slot * (R::B_BYTES / 16) + j % 2 * (N * 4);
-        wgmma_fence();
-        wgmma<false>(c, a[j], descriptor(b));
-        wgmma<false>(c, a[j] + 4, descriptor(b + N * 2));
-        wgmma_commit();
-        // The next vector is decoded while the tensor cores have this one's and perhaps that before.
-        if (j < 3) unit.vector(p, j + 1, a[j + 1], scratch, lane);
-        if (j == 3) {
-          // Only now: an arrival may overtake loads that went before it, but the products have had all they brought.
-          mbarrier_arrive(loaded);
-          if (u + 1 < piece.last) load(u + 1, false);
-        }
-        wgmma_wait<1>();
-        if (j % 2 == 0) {
-          if (used) release(used);
-        } else
-          used = at.b_empty + 8 * b_turn.slot, b_turn.next();
-      }
+      for (int j = 0; j < 4; j++) unit.vector(p, j, a[j], scratch, lane);
+      x_there();
+      bar_sync_of<CONSUMER_THREADS>(TURN + half);
+      const uint32_t first = multiply(0);
+      x_there();
+      const uint32_t second = multiply(2);
+      bar_arrive_of<CONSUMER_THREADS>(TURN + 1 - half);
+      // Only now: an arrival may overtake loads that went before it, but the products have had all they brought.
+      mbarrier_arrive(loaded);
+      if (u + 1 < piece.last) load(u + 1, false);
+      wgmma_wait<1>();
+      release(first);
+      wgmma_wait<0>();
+      release(second);
     }
-    wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
-    release(used);
 
     const uint32_t me = blockIdx.x + nothing(), grid = gridDim.x;
     const auto plane = [&](int block) {
@@ -256,6 +267,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     store_results<N>(p, c, (first_tile(piece.block) + 4 * half) * TILE_ROWS, piece.block % wide() * N,
                      at.scratches + 4 * half * R::SCRATCH, half, place, pack_bf16);
   }
+  if (half == 0) bar_sync_of<CONSUMER_THREADS>(TURN);  // what the other's last turn passed on
 #endif
 }
 

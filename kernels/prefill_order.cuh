@@ -30,24 +30,35 @@ __device__ __forceinline__ uint32_t word_of(const uint4 (&v)[4], int t, int w) {
   return w == 0 ? v[t].x : w == 1 ? v[t].y : w == 2 ? v[t].z : v[t].w;
 }
 
-// The block's share, by its consumers. GROUP: of the layout, as weights in groups of 16 have an order of their own.
+// The block's share, by its consumers: a warp brings a unit of eight rows, 256 bytes of each, and a lane a vector, four at a
+// time. GROUP: of the layout, as weights in groups of 16 have an order of their own.
 template <int GROUP, int N>
 __device__ __forceinline__ void put_in_order(const Prefill& p, int units) {
-  const int padded = ceil_div(p.batch, N) * N, count = padded * units * 4;
-  for (int i = blockIdx.x * CONSUMER_THREADS + threadIdx.x; i < count; i += gridDim.x * CONSUMER_THREADS) {
-    const int j = i / padded, n = i - j * padded;
-    uint4 v[4];
-    load_vector(p, n, 32 * j, v);
-    uint4* const to = (uint4*)p.arranged + ((size_t)(n / N) * units * 4 + j) * 4 * N + n % N;
+  constexpr int TOGETHER = 4;
+  const int eights = ceil_div(p.batch, N) * (N / 8), count = eights * units, step = gridDim.x * CONSUMERS,
+            lane = threadIdx.x & 31;
+  for (int i0 = blockIdx.x * CONSUMERS + threadIdx.x / 32; i0 < count; i0 += TOGETHER * step) {
+    uint4 v[TOGETHER][4];
 #pragma unroll
-    for (int q = 0; q < 4; q++) {  // of lanes t the columns of registers 2 q and 2 q + 1
-      uint32_t w[4];
+    for (int e = 0; e < TOGETHER; e++) {
+      const int i = i0 + e * step, unit = i / eights;
+      if (i < count) load_vector(p, (i - unit * eights) * 8 + lane / 4, (unit * 4 + lane % 4) * 32, v[e]);
+    }
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
-        const int column = column_of<GROUP>(2 * q, t);
-        w[t] = word_of(v, column / 8, column % 8 / 2);
+    for (int e = 0; e < TOGETHER; e++) {
+      const int i = i0 + e * step, unit = i / eights, n = (i - unit * eights) * 8 + lane / 4;
+      if (i >= count) break;
+      uint4* const to = (uint4*)p.arranged + (((size_t)(n / N) * units + unit) * 4 + lane % 4) * 4 * N + n % N;
+#pragma unroll
+      for (int q = 0; q < 4; q++) {  // of lanes t the columns of registers 2 q and 2 q + 1
+        uint32_t w[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          const int column = column_of<GROUP>(2 * q, t);
+          w[t] = word_of(v[e], column / 8, column % 8 / 2);
+        }
+        __stcg(to + q * N, make_uint4(w[0], w[1], w[2], w[3]));
       }
-      __stcg(to + q * N, make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
   fence_async_proxy_global();

@@ -13,10 +13,10 @@ struct Prefill {
   float* partial;
   uint32_t* arrived;
   int rows, cols, batch, y_stride;
-  int cut;         // blocks that are cut into pieces
-  int by128, by8;  // 128 and 8, which compilers would turn into shifts (fixed.cuh)
-  int y_type;      // as activations.cuh numbers it; bf16 but for fp8.cuh
-  int x_stride;    // not of fp8.cuh
+  int cut;            // blocks that are cut into pieces
+  int by128, by8;     // 128 and 8, which compilers would turn into shifts (fixed.cuh)
+  int y_type;         // as activations.cuh numbers it; bf16 but for fp8.cuh
+  int x_stride;       // not of fp8.cuh
   uint8_t* arranged;  // of prefill.cuh: room for x in its order
 };
 
@@ -90,8 +90,7 @@ struct Turn {
 
 // Puts a repair of a stage's own list into a vector: the lane that has the weight does.
 __device__ __forceinline__ void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
-  const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8,
-                 halves = e & 1 ? 0x7610 : 0x3276;
+  const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8, halves = e & 1 ? 0x7610 : 0x3276;
 #pragma unroll
   for (uint32_t p = 0; p < 8; p++)
     if (place == p) a[p] = __byte_perm(a[p], e, halves);
@@ -170,8 +169,7 @@ __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)
   for (int i = 0; i < N / 2; i++) {
     const int row = first_row + warp * TILE_ROWS + g + 8 * (i >> 1 & 1),
               column = column0 + 8 * (i / 4) + 2 * t + (i & 1);
-    if (row < p.rows && column < p.batch)
-      p.y[(size_t)column * p.y_stride + row] = (uint16_t)pack(c[i / 4][i % 4], 0);
+    if (row < p.rows && column < p.batch) p.y[(size_t)column * p.y_stride + row] = (uint16_t)pack(c[i / 4][i % 4], 0);
   }
 }
 #endif

@@ -155,10 +155,14 @@ __device__ __forceinline__ void bar_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
-// bar_sync, its number not known at compile time.
+// The same, the barrier's number not known at compile time.
 template <int THREADS>
 __device__ __forceinline__ void bar_sync_of(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+__device__ __forceinline__ void bar_arrive_of(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 // Whether `flag` is true for any of the threads that meet at the barrier.
 template <int ID, int THREADS>
@@ -225,10 +229,9 @@ __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_
 // The same without a hint to the second-level cache. What several multiprocessors read at about the same time is then
 // read once for them: 70 bytes a cycle reach each of an H200's, 33 with a hint, even if it asks for what is usual.
 __device__ __forceinline__ void bulk_copy(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(bar)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+               "l"(src), "r"(bytes), "r"(bar)
+               : "memory");
 }
 // An arrival at a barrier when what the thread has sent for with async_copy16 is there.
 __device__ __forceinline__ void async_arrive(uint32_t bar) {

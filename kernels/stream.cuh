@@ -1,4 +1,4 @@
-// y = x W^T for 17 to 128 columns of activations on compute capability 9.0: weights stream through registers, where
+// y = x W^T for 17 to 64 columns of activations on compute capability 9.0: weights stream through registers, where
 // each warp decodes what wgmma then reads as A, and activations, as they are in memory, through shared memory.
 //
 // Work split   A block is 64 WGS rows of the matrix x N columns of activations, K in units of 128 columns. A block of

@@ -8,4 +8,4 @@
     taper::stream_product<L, N, WGS>(p);                                           \
   }
 // Formats of blocks, whose weights are rounded.
-#define BLOCK_STREAMS(NAME, L) STREAM(NAME, L, 32, 4) STREAM(NAME, L, 64, 4) STREAM(NAME, L, 128, 2)
+#define BLOCK_STREAMS(NAME, L) STREAM(NAME, L, 32, 4) STREAM(NAME, L, 64, 4)

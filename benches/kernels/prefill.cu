@@ -3,18 +3,15 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/prefill benches/kernels/prefill.cu -ldl
 //     target/prefill check [--small]    against f64, and repeated launches against each other; exit status 1 on failure
-//     target/prefill time               every width, blocks whole and cut; times include the arranging of activations
+//     target/prefill time               every width, blocks whole and cut; times include bringing activations into order
 //
-// -DLAYOUT=LayoutQ4K and so on (kernels/kquant_formats.cuh) take another layout than `fixed`. More kernels are tried than
-// the crate has of a layout.
+// -DLAYOUT=LayoutQ4K and so on (kernels/kquant_formats.cuh) take another layout than `fixed`.
 #include "../../kernels/prefill_entry.cuh"
 #include "layout.cuh"
 
 using namespace bench;
 
-PREFILL(bench, LAYOUT, 128)
-PREFILL(bench, LAYOUT, 192)
-PREFILL(bench, LAYOUT, 256)
+PREFILLS(bench, LAYOUT)
 
 struct Width {
   int columns, shared;

@@ -1,4 +1,4 @@
-// Checks and times the products of 17 to 128 rows of activations (kernels/stream.cuh, compute capability 9.0) beside
+// Checks and times the products of 17 to 64 rows of activations (kernels/stream.cuh, compute capability 9.0) beside
 // cuBLAS. From the top of the repository:
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/stream benches/kernels/stream.cu -ldl

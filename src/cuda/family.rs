@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
 
 use super::kernels::function;
-use super::stream;
+use super::{prefill, stream};
 use crate::Result;
 use crate::codec::kquant::GgmlType;
 
@@ -158,6 +158,14 @@ pub(super) struct PackedKernels {
     pub products: Vec<(CudaFunction, usize)>,
     /// For some rows of activations, on compute capability 9.0: `super::stream`.
     pub stream: Vec<(CudaFunction, usize)>,
+    /// For many, likewise: `super::prefill`.
+    pub prefill: Vec<(CudaFunction, usize)>,
+}
+
+/// The modules of the kernels that compute capability 9.0 has besides.
+pub(super) struct Warpgroups {
+    pub stream: Arc<CudaModule>,
+    pub prefill: Arc<CudaModule>,
 }
 
 /// What makes the layout.
@@ -170,14 +178,13 @@ pub(super) enum Pack {
 }
 
 impl PackedKernels {
-    /// `streams`: the module of `super::stream`'s kernels, which compute capability 9.0 has.
     pub fn load(
         family: Family,
         module: &Arc<CudaModule>,
-        streams: Option<&Arc<CudaModule>>,
+        warpgroups: Option<&Warpgroups>,
         shared: i32,
     ) -> Result<PackedKernels> {
-        let (prefix, hopper) = (family.prefix(), streams.is_some());
+        let (prefix, hopper) = (family.prefix(), warpgroups.is_some());
         let product = |columns: &usize| function(module, &format!("{prefix}_product_{columns}"), shared);
         let other = |name: &str| Ok::<_, crate::Error>(function(module, &format!("{prefix}_{name}"), 0)?.0);
         let pack = match family.blocks() {
@@ -196,8 +203,9 @@ impl PackedKernels {
                 products.push(function(module, name, shared)?);
             }
         }
-        let stream = streams.map_or(Ok(vec![]), |module| stream::load(module, family, shared))?;
-        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products, stream })
+        let stream = warpgroups.map_or(Ok(vec![]), |modules| stream::load(&modules.stream, family, shared))?;
+        let prefill = warpgroups.map_or(Ok(vec![]), |modules| prefill::load(&modules.prefill, family, shared))?;
+        Ok(PackedKernels { pack, decode: other("decode")?, ids: other("ids")?, products, stream, prefill })
     }
 
     /// The product of that number.

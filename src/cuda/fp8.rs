@@ -5,13 +5,13 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DeviceRepr};
+use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
-use super::launch::{Grid, launch_with};
+use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
-use super::prefill::{Arranging, ROWS};
+use super::prefill::{Prefill, ROWS, THREADS};
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
@@ -90,17 +90,45 @@ impl Packed {
         if bytes > WORKSPACE || i32::try_from(batch).is_err() {
             return Ok(false);
         }
-        let [m, columns, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
-        let arrange = |launch: Arranging| {
-            let (Arranging { stream, x, out, programmatic }, x_type) = (launch, kind_of(dtype));
-            let arrange = Arrange { x, out, x_type, x_stride: columns, batch: m, cols: columns, width, padded };
+        let (function, shared) = &kernels.products[plan.kernel];
+        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
+        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
+            let (weights, _weights) = self.weights.device_ptr(&stream);
+            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
+            let (x, _x) = x.device_ptr(&stream);
+            let (y, _y) = y.device_ptr_mut(&stream);
+            let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
+            let (partial, _partial) = partial.device_ptr_mut(&stream);
+            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
+            let [rows, cols, batch, width, padded, cut] =
+                [rows, cols, batch, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
+            let arrange =
+                Arrange { x, out: arranged, x_type: kind_of(dtype), x_stride: cols, batch, cols, width, padded };
             let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
-            // SAFETY: `x` holds `batch` rows, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic) }
-        };
-        let product = &kernels.products[plan.kernel];
-        // SAFETY: `x` and `y` hold the rows, as checked above; the kernel and `bytes` are the plan's.
-        unsafe { self.multiply_arranged(plan, product, bytes, (x, y), (batch, dtype), arrange)? };
+            // SAFETY: `x` holds `batch` rows, as checked above, the workspace `padded` arranged ones; a block for each.
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
+            let product = Prefill {
+                weights,
+                overflow,
+                x: arranged,
+                y,
+                partial,
+                arrived,
+                rows,
+                cols,
+                batch,
+                y_stride: rows,
+                cut,
+                by128: 128,
+                by8: 8,
+                y_type: kind_of(dtype),
+                ..Prefill::default()
+            };
+            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
+            // SAFETY: `y` holds `batch` rows, the rest is as planned; there are no more blocks than multiprocessors, as they
+            // wait for each other.
+            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic) }
+        })?;
         Ok(true)
     }
 }

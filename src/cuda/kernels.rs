@@ -12,12 +12,11 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
 use super::attention::AttentionKernels;
-use super::family::{Family, PackedKernels};
+use super::family::{Family, PackedKernels, Warpgroups};
 use super::fp8::Fp8Kernels;
 use super::layers::SideStreams;
 use super::pair::PairKernels;
 use super::pointwise::PointwiseKernels;
-use super::prefill::PrefillKernels;
 use super::rans::RansKernels;
 use super::scratch::Scratch;
 use super::upload::Staging;
@@ -47,8 +46,6 @@ pub(super) struct Kernels {
     pub attention: AttentionKernels,
     pub pointwise: PointwiseKernels,
     /// Only on compute capability 9.0.
-    pub prefill: Option<PrefillKernels>,
-    /// Likewise.
     pub fp8: Option<Fp8Kernels>,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
@@ -118,12 +115,12 @@ impl Kernels {
         let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
         let warpgroups = capability == (9, 0);
-        let streams = warpgroups.then(|| module(image::STREAM)).transpose()?;
+        let both = |stream, prefill| Ok::<_, Error>(Warpgroups { stream: module(stream)?, prefill: module(prefill)? });
+        let modules = warpgroups.then(|| both(image::STREAM, image::PREFILL)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, streams.as_ref(), shared)?))
+            Ok((family, PackedKernels::load(family, module, modules.as_ref(), shared)?))
         });
-        let prefill = warpgroups.then(|| PrefillKernels::load(&module(image::PREFILL)?, shared));
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
             decode_rows,
@@ -145,7 +142,6 @@ impl Kernels {
             pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
-            prefill: prefill.transpose()?,
             fp8: fp8.transpose()?,
             blocks: OnceLock::new(),
             shared,
@@ -166,14 +162,14 @@ impl Kernels {
         }
         let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
         let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
-        let streams =
-            self.warpgroups.then(|| Ok::<_, Error>((module(image::STREAM_KQUANT)?, module(image::STREAM_SMALL)?)));
-        let streams = streams.transpose()?;
+        let both = |stream, prefill| Ok::<_, Error>(Warpgroups { stream: module(stream)?, prefill: module(prefill)? });
+        let wide_modules = self.warpgroups.then(|| both(image::STREAM_KQUANT, image::PREFILL_KQUANT)).transpose()?;
+        let small_modules = self.warpgroups.then(|| both(image::STREAM_SMALL, image::PREFILL_SMALL)).transpose()?;
         let load = |ty: GgmlType| {
             let wide = ty.block_len() == 256;
             let (family, module) = (Family::Blocks(ty), if wide { &large } else { &small });
-            let streams = streams.as_ref().map(|(large, small)| if wide { large } else { small });
-            Ok((family, PackedKernels::load(family, module, streams, self.shared)?))
+            let modules = if wide { &wide_modules } else { &small_modules };
+            Ok((family, PackedKernels::load(family, module, modules.as_ref(), self.shared)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.

@@ -215,9 +215,8 @@ impl Fused for Packed {
     }
 
     fn product(&self, x: &CudaView<u8>, y: &mut CudaViewMut<u8>, batch: usize, dtype: Dtype) -> Result<bool> {
-        if let Some(kernels) = self.prefills(batch, dtype) {
-            return self.prefill(kernels, x, y, batch);
-        }
-        Ok(self.stream(x, y, batch, dtype)? || self.multiply(x, y, batch, dtype)?)
+        Ok(self.stream(x, y, batch, dtype)?
+            || self.prefill(x, y, batch, dtype)?
+            || self.multiply(x, y, batch, dtype)?)
     }
 }

@@ -18,11 +18,13 @@ use crate::codec::kquant::GgmlType;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
+/// More rows of activations have other kernels: [`super::prefill`].
+pub(super) const MOST_ROWS: usize = 64;
+
 /// One for each kernel of `fixed`.
 const FIXED: [Width; 2] = [width(32, 256, 1.44, [7.0, 4.5]), width(64, 256, 1.65, [9.0, 6.0])];
 /// Of block formats.
-const BLOCKS: [Width; 3] =
-    [width(32, 256, 1.41, [6.0, 4.5]), width(64, 256, 1.61, [8.5, 5.5]), width(128, 128, 1.26, [10.5, 6.8])];
+const BLOCKS: [Width; 2] = [width(32, 256, 1.41, [6.0, 4.5]), width(64, 256, 1.61, [8.5, 5.5])];
 /// Of 4-bit integers in groups of 128.
 const INTEGERS: [Width; 2] = [width(32, 256, 0.9, [5.5, 4.3]), width(64, 192, 0.97, [8.0, 5.3])];
 
@@ -34,9 +36,9 @@ const fn width(columns: usize, rows: usize, unit: f64, meeting: [f64; 2]) -> Wid
 /// The widths of a layout's kernels, and for how many rows of activations they are the fastest.
 pub(super) fn widths(family: Family) -> Option<(&'static [Width], RangeInclusive<usize>)> {
     match family {
-        Family::Fixed => Some((&FIXED, 17..=64)),
-        Family::Blocks(GgmlType::Int4G128) => Some((&INTEGERS, 17..=64)),
-        Family::Blocks(_) => Some((&BLOCKS, 17..=128)),
+        Family::Fixed => Some((&FIXED, 17..=MOST_ROWS)),
+        Family::Blocks(GgmlType::Int4G128) => Some((&INTEGERS, 17..=MOST_ROWS)),
+        Family::Blocks(_) => Some((&BLOCKS, 17..=MOST_ROWS)),
         _ => None,
     }
 }
@@ -133,13 +135,12 @@ mod tests {
         assert_eq!(plan(&FIXED, 28672, 4096, 64), (64, 112, 0));
         assert_eq!(plan(&FIXED, 14336, 4096, 20), (32, 132, 56));
         assert_eq!(plan(&FIXED, 8192, 2048, 64), (64, 128, 32));
-        assert_eq!(plan(&BLOCKS, 14336, 4096, 128), (128, 112, 0));
+        assert_eq!(plan(&BLOCKS, 14336, 4096, 64), (64, 132, 56));
         // Those of tests/cuda/small.rs.
         assert_eq!(plan(&FIXED, 16, 200, 20), (32, 1, 0));
         assert_eq!(plan(&FIXED, 40, 1300, 40), (32, 12, 2));
         assert_eq!(plan(&FIXED, 17_000, 128, 40), (64, 67, 0));
         assert_eq!(plan(&BLOCKS, 600, 1280, 20), (32, 15, 3));
         assert_eq!(plan(&BLOCKS, 17_000, 256, 40), (64, 67, 0));
-        assert_eq!(plan(&BLOCKS, 17_000, 256, 70), (128, 132, 0));
     }
 }

@@ -191,6 +191,21 @@ fn products_of_any_format_and_shape_are_right() {
     }
 }
 
+/// From 65 rows of BF16 activations on, weights are decoded inside products on compute capability 9.0, up to 1024.
+#[test]
+fn products_of_many_rows_are_right() {
+    let Some(device) = gpu() else { return };
+    for ty in GgmlType::ALL {
+        for (rows, cols) in [(17, 512), (150, 1280)] {
+            let matrix = Matrix::new(ty, rows, cols, 7);
+            let layer = matrix.linear(&device);
+            for m in [65, 128, 129, 200, 256, 300, 513, 1025] {
+                check(&device, &layer, &matrix, &activations(m, matrix.shape[1], m as u64), DType::BF16);
+            }
+        }
+    }
+}
+
 /// 4-bit integers of AWQ and GPTQ checkpoints: rows and products, from 1 to 70 rows of activations.
 #[test]
 fn four_bit_integers_are_those_of_the_checkpoint() {

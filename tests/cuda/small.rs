@@ -104,6 +104,9 @@ fn many_rows() {
     kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::F16);
 }
 
+/// Formats of which each kernel is tried, for groups of 32 with minima, of 16, and of 32 in blocks of their own.
+const SEVERAL: [GgmlType; 3] = [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0];
+
 /// Each of the kernels through which weights stream, of whole blocks and of pieces, of one block and of several.
 #[test]
 fn streams() {
@@ -121,9 +124,7 @@ fn streams() {
         check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
     }
     for ty in QUANTIZED {
-        let several = [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0].contains(&ty);
-        let cases: &[_] =
-            if several { &[(600, 1280, 20), (17_000, 256, 40), (17_000, 256, 70)] } else { &[(600, 1280, 70)] };
+        let cases: &[_] = if SEVERAL.contains(&ty) { &[(600, 1280, 20), (17_000, 256, 40)] } else { &[(600, 1280, 40)] };
         for &(rows, cols, m) in cases {
             let matrix = kquant::Matrix::new(ty, rows, cols, 7);
             let x = activations(m, matrix.shape[1], 1);
@@ -150,6 +151,15 @@ fn prefill() {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
         let what = format!("{shape:?} {rows}x{cols} m={m}");
         check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
+    }
+    for ty in QUANTIZED {
+        let each = [(40, 512, 70), (600, 1280, 70), (2176, 256, 1000), (2944, 256, 1000)];
+        let cases = if SEVERAL.contains(&ty) { &each[..] } else { &each[1..2] };
+        for &(rows, cols, m) in cases {
+            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
+            let x = activations(m, matrix.shape[1], 1);
+            kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
+        }
     }
 }
 
