@@ -124,7 +124,8 @@ fn streams() {
         check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
     }
     for ty in QUANTIZED {
-        let cases: &[_] = if SEVERAL.contains(&ty) { &[(600, 1280, 20), (17_000, 256, 40)] } else { &[(600, 1280, 40)] };
+        let cases: &[_] =
+            if SEVERAL.contains(&ty) { &[(600, 1280, 20), (17_000, 256, 40)] } else { &[(600, 1280, 40)] };
         for &(rows, cols, m) in cases {
             let matrix = kquant::Matrix::new(ty, rows, cols, 7);
             let x = activations(m, matrix.shape[1], 1);
