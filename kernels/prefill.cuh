@@ -213,7 +213,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     load(piece.first, true);
     for (int u = piece.first; u < piece.last; u++) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) unit.vector(p, j, a[j], scratch, lane);
+      for (int j = 0; j < 4; j++) unit.vector(j, a[j]), unit.repair(p, j, a[j], scratch, lane);
       x_there();
       bar_sync_of<CONSUMER_THREADS>(TURN + half);
       const uint32_t first = multiply(0);

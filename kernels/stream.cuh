@@ -5,14 +5,13 @@
 //              the grid takes whole blocks of the product in turn; where that would leave SMs idle, the first `cut` of
 //              them are laid end to end and cut into `grid` equal pieces instead, and the rest dealt out whole. All who
 //              have a piece of a block leave its sums in `partial`, and add up a share of the block when all have come.
-// Warps        WGS warpgroups multiply: a warp decodes a tile of 16 rows, from a ring of its own, a vector of 32
-//              columns while the tensor cores have the last one or two. FEEDERS more warps bring activations into the
+// Warps        WGS warpgroups multiply: a warp decodes a tile of 16 rows, from a ring of its own, a unit at a time; its
+//              warpgroup multiplies that while others decode. FEEDERS more warps bring activations into the
 //              order that wgmma reads: 16 bytes hold the eight columns of x that two registers of four lanes' A
 //              fragments meet, so that chunk q of vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1); with
 //              groups of 16 those of column_of in kquant.cuh.
 // Budget       Weights come to 24.6 KB for 128 x 128 of `fixed`: 1500 cycles of an SM's share of the memory. Sixteen
-//              warps take 1600 for 64 columns of activations, eight 2300; 1050 without products, which hide little when
-//              A is in registers. Adding up pieces takes 4 to 10 us, by the bytes in `partial`.
+//              warps take 1400 for 64 columns of activations. Adding up pieces takes 4 to 10 us, by the bytes in `partial`.
 // Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
 //              the grid only, so the result is the same from run to run.
 //
@@ -153,10 +152,11 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
 #pragma unroll
       for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
       load(piece.first);
-      unit.vector(p, 0, a[0], mine, lane);
-      uint32_t used = 0;  // barrier of the activations that the tensor cores may still read
 #pragma unroll 1
       for (uint32_t u = piece.first; u < piece.last; u++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) unit.vector(j, a[j]);
+        unit.repair(p, a, mine, lane);
         float scale[2];
         if constexpr (APART) {
 #pragma unroll
@@ -165,45 +165,34 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
         }
         mbarrier_wait(x_full + 8 * x_turn.slot, x_turn.phase);
         const uint32_t x = x_first + x_turn.slot * (S::X_BYTES / 16);
+        wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < 2; k++)
-            if constexpr (APART)
-              wgmma<false>(apart, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
-            else
-              wgmma<false>(c, a[j] + 4 * k, descriptor(x + (2 * j + k) * (N * 2)));
-          wgmma_commit();
-          // The next vector is decoded while the tensor cores have this one's and perhaps that before.
-          if (j < 3) unit.vector(p, j + 1, a[j + 1], mine, lane);
-          if (j == 2) {
-            unit_at += L::UNIT_BYTES;
-            if (--left == 0) {  // all that was read there has been decoded
-              __syncwarp();
-              fetch(turn.slot);
-              turn.next();
-            }
-          }
-          if (j == 3 && u + 1 < piece.last) load(u + 1), unit.vector(p, 0, a[0], mine, lane);
-          wgmma_wait<1>();
-          if (j == 0 && used && lane == 0) mbarrier_arrive(used);
+        for (int k = 0; k < 8; k++)
+          if constexpr (APART)
+            wgmma<false>(apart, a[k / 2] + k % 2 * 4, descriptor(x + k * (N * 2)));
+          else
+            wgmma<false>(c, a[k / 2] + k % 2 * 4, descriptor(x + k * (N * 2)));
+        wgmma_commit();
+        unit_at += L::UNIT_BYTES;
+        if (--left == 0) {  // all that was read there has been decoded
+          __syncwarp();
+          fetch(turn.slot);
+          turn.next();
         }
+        if (u + 1 < piece.last) load(u + 1);
+        wgmma_wait<0>();
+        if (lane == 0) mbarrier_arrive(x_empty + 8 * x_turn.slot);
+        x_turn.next();
         if constexpr (APART) {
-          wgmma_wait<0>();
 #pragma unroll
           for (int i = 0; i < N / 2; i++) {
             asm volatile("" : "+f"(apart[i / 4][i % 4])::"memory");
             c[i / 4][i % 4] = fmaf(scale[i >> 1 & 1], apart[i / 4][i % 4], c[i / 4][i % 4]);
           }
         }
-        used = x_empty + 8 * x_turn.slot;
-        x_turn.next();
       }
-      wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
-      if (lane == 0) mbarrier_arrive(used);
 
       if (piece.last - piece.first < piece.units) {  // others have the rest
         float4* to = plane(me, piece.first > 0, half);

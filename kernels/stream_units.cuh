@@ -23,8 +23,8 @@ struct StreamUnit {
     if constexpr (APART) return scales.scale[h];
     return 1;
   }
-  // scratch: the warp's, 1 KB.
-  __device__ __forceinline__ void vector(const Prefill&, int j, uint32_t (&a)[8], uint32_t, int) const {
+  // Vectors 0 to 3, in this order.
+  __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
     if constexpr (APART) return integers<L>(raw[j], scales, two_128(), a);
     constexpr int AWAY = L::MAGIC + L::ZERO, GROUPS = L::GROUP == 16 ? 2 : 1;
     constexpr uint32_t MINUS = 0x80008000u | (AWAY == 128   ? 0x43004300u
@@ -48,6 +48,8 @@ struct StreamUnit {
         }
       }
   }
+  __device__ __forceinline__ void repair(const Prefill&, int, uint32_t (&)[8], uint32_t, int) const {}
+  __device__ __forceinline__ void repair(const Prefill&, uint32_t (&)[4][8], uint32_t, int) const {}
 };
 
 // The repairs that a unit needs: most need none, one or two. Those are sought when the unit is loaded, while products
@@ -99,12 +101,21 @@ struct StreamUnit<Fixed> {
     unit.start(lds8(trailer + 8 + u));
     unit.by128 = p.by128, unit.by8 = p.by8;
   }
-  // scratch: the warp's, 1 KB.
-  __device__ __forceinline__ void vector(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) {
+  // Vectors 0 to 3, in this order.
+  __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) {
     if (j < 3) unit.sm[j + 1] = lds128(mine + 512 * (j + 1));  // comes while this one is decoded
     if (j == 1) unit.codes[1] = lds128(mine + 2560);
     unit.vector(j, a);
+  }
+  // Puts a vector's repairs in, while the place of the unit is yet to be read again. scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void repair(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) const {
     repairs.patch(j, a, scratch, lane, p.overflow);
+  }
+  // All vectors', with one branch for most units, so that vectors are decoded side by side.
+  __device__ __forceinline__ void repair(const Prefill& p, uint32_t (&a)[4][8], uint32_t scratch, int lane) const {
+    if (!repairs.vectors) return;
+#pragma unroll
+    for (int j = 0; j < 4; j++) repair(p, j, a[j], scratch, lane);
   }
 };
 #endif
