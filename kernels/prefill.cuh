@@ -264,6 +264,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
         }
       }
     }
+    warpgroup_sync(half);  // all four warps have read what repairs kept in the scratch memory
     store_results<N>(p, c, (first_tile(piece.block) + 4 * half) * TILE_ROWS, piece.block % wide() * N,
                      at.scratches + 4 * half * R::SCRATCH, half, place, pack_bf16);
   }

@@ -203,6 +203,7 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
         if (threadIdx.x == 0) atomic_add_ordered(p.arrived + 2 * piece.owner(first, grid), 1);
         continue;
       }
+      warpgroup_sync(half);  // all four warps have read what repairs kept in the scratch memory
       store_results<N>(p, c, (piece.block / wide * S::WARPS + 4 * half) * TILE_ROWS, piece.block % wide * N, scratch,
                        half, place, pack_bf16);
     }
