@@ -19,7 +19,7 @@
 //              all of them together could not read from the second-level cache in that time: what several read at about
 //              the same time is read once, if copies have no cache hint (bulk_copy in ptx.cuh). Before the first unit
 //              4 us pass for the order of 4 MB of x; where blocks are cut, 7 us for sums and results after the last. At
-//              28672 x 4096 the power limit halves what is left of it: clocks fall from 1.8 to 1.4 GHz.
+//              28672 x 4096 it is the power limit of an H200 that counts: its clock falls from 1.8 to 1.4 GHz.
 // Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
 //              `grid` only, so the result is the same from run to run.
 //
