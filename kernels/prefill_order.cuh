@@ -69,9 +69,7 @@ __device__ __forceinline__ void put_in_order(const Prefill& p, int units) {
 // Until all blocks have done so; by one thread of each. Block 0 has no flags in `arrived`, as it has the first piece of
 // whatever it works on.
 __device__ __forceinline__ void await_order(const Prefill& p) {
-  uint32_t v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p.arrived) : "memory");
-  while (v < gridDim.x);
+  await_count(p.arrived, gridDim.x);
   fence_async_proxy_global();
   if (atomic_add_ordered(p.arrived + 1, 1) == gridDim.x - 1) p.arrived[0] = p.arrived[1] = 0;
 }

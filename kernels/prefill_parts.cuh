@@ -1,4 +1,4 @@
-// What prefill.cuh is made of: how blocks are shared out, the order of activations, repairs, results.
+// What prefill.cuh, stream.cuh and fp8.cuh are made of: how blocks are shared out, flags, repairs, results.
 #pragma once
 #include "product.cuh"
 #include "wgmma.cuh"
@@ -20,9 +20,9 @@ struct Prefill {
   uint8_t* arranged;  // of prefill.cuh: room for x in its order
 };
 
-// Results of 32 columns and 64 rows, as they lie in shared memory before they are written.
 // Warps that fetch weights.
 constexpr int FETCHERS = 3;
+// Results of 32 columns and 64 rows, as they lie in shared memory before they are written.
 constexpr int RESULT_STRIDE = 144, RESULT_BUFFER = 32 * RESULT_STRIDE;
 
 // What one block of the grid works on, piece by piece: its share of the blocks that are cut, then whole ones. What can
@@ -74,11 +74,13 @@ __device__ __forceinline__ void warpgroup_sync(int half) {
 __device__ __forceinline__ void set_flag(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
-__device__ __forceinline__ void await_flag(uint32_t* flag) {
+// Until others have counted so far.
+__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
   uint32_t v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  while (v == 0);
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+  while (v < enough);
 }
+__device__ __forceinline__ void await_flag(uint32_t* flag) { await_count(flag, 1); }
 // Position in a ring of barriers.
 template <int SLOTS>
 struct Turn {
@@ -113,27 +115,6 @@ __device__ __forceinline__ void patch_listed(const uint32_t* list, uint32_t coun
   a[0] = lo.x, a[1] = lo.y, a[2] = lo.z, a[3] = lo.w, a[4] = hi.x, a[5] = hi.y, a[6] = hi.z, a[7] = hi.w;
   __syncwarp();
 }
-
-// The repairs that a unit needs. Most need none or one, so those of a stage's own list are taken one after another.
-struct Repairs {
-  uint32_t entry, vectors = 0, stage = 0, unit = 0;  // stage: where its trailer is
-  __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
-    entry = lds32(lane < ENTRIES ? trailer + 8 + extra + 4 * lane : trailer);
-    unit = 16u | u, stage = trailer;
-    const bool mine = lane < ENTRIES ? repairs_unit(entry, u) : entry != 0;
-    vectors = 0;
-    if (!__any_sync(~0u, mine)) return;
-    vectors = __reduce_or_sync(~0u, !mine ? 0u : lane < ENTRIES ? 1u << (entry >> 9 & 3) : 15u);
-  }
-  __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
-                                        const uint32_t* overflow) const {
-    if (const uint32_t count = lds32(stage))
-      return patch_listed(overflow + lds32(stage + 4), count, unit, j, a, scratch, lane);
-    uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
-#pragma unroll 1
-    for (; left; left &= left - 1) patch_one(__shfl_sync(~0u, entry, __ffs(left) - 1), a, lane);
-  }
-};
 
 // A warpgroup's 64 rows x N columns, rounded in pairs by `pack`. Where all rows are there they go through shared memory, so that whole
 // lines of 128 bytes are written.

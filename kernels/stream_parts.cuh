@@ -20,13 +20,6 @@ struct Stream {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Until others have counted so far.
-__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
-  uint32_t v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
-  while (v < enough);
-}
-
 // A thread of those that bring activations into order: COUNT times eight of a unit's.
 template <class L, int N, int WGS>
 struct Feeder {
