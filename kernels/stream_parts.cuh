@@ -55,13 +55,6 @@ struct Feeder {
       }
     }
   }
-  __device__ static __noinline__ uint4 load_end(const uint16_t* from, int left) {
-    uint32_t w[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-      if (e < left) w[e / 2] |= (uint32_t)from[e] << 16 * (e & 1);
-    return make_uint4(w[0], w[1], w[2], w[3]);
-  }
   template <int STEP>
   __device__ __forceinline__ void store(const uint4 (&v)[EACH_STEP], uint32_t to) const {
 #pragma unroll
