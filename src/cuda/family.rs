@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 
-use super::kernels::function;
+use super::kernels::{function, load_module};
 use super::{prefill, stream};
 use crate::Result;
 use crate::codec::kquant::GgmlType;
@@ -164,8 +164,14 @@ pub(super) struct PackedKernels {
 
 /// The modules of the kernels that compute capability 9.0 has besides.
 pub(super) struct Warpgroups {
-    pub stream: Arc<CudaModule>,
-    pub prefill: Arc<CudaModule>,
+    stream: Arc<CudaModule>,
+    prefill: Arc<CudaModule>,
+}
+
+impl Warpgroups {
+    pub fn load(context: &Arc<CudaContext>, stream: &[u8], prefill: &[u8]) -> Result<Warpgroups> {
+        Ok(Warpgroups { stream: load_module(context, stream)?, prefill: load_module(context, prefill)? })
+    }
 }
 
 /// What makes the layout.

@@ -11,7 +11,7 @@ use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
 use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
-use super::prefill::{Prefill, ROWS, THREADS};
+use super::prefill::{Planned, ROWS, THREADS};
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use crate::codec::kquant::GgmlType;
@@ -91,43 +91,20 @@ impl Packed {
             return Ok(false);
         }
         let (function, shared) = &kernels.products[plan.kernel];
-        let (stream, programmatic) = (self.device.cuda_stream(), programmatic(&self.kernels));
+        let stream = self.device.cuda_stream();
         self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
-            let (weights, _weights) = self.weights.device_ptr(&stream);
-            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let (x, _x) = x.device_ptr(&stream);
-            let (y, _y) = y.device_ptr_mut(&stream);
             let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
-            let (partial, _partial) = partial.device_ptr_mut(&stream);
-            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
-            let [rows, cols, batch, width, padded, cut] =
-                [rows, cols, batch, plan.columns, plan.padded, plan.cut].map(|size| size as i32);
-            let arrange =
-                Arrange { x, out: arranged, x_type: kind_of(dtype), x_stride: cols, batch, cols, width, padded };
+            let [m, cols, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
+            let x_type = kind_of(dtype);
+            let arrange = Arrange { x, out: arranged, x_type, x_stride: cols, batch: m, cols, width, padded };
             let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
+            let arguments = [(&raw const arrange).cast()];
             // SAFETY: `x` holds `batch` rows, as checked above, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(&stream, &kernels.arrange, grid, &[(&raw const arrange).cast()], programmatic)? };
-            let product = Prefill {
-                weights,
-                overflow,
-                x: arranged,
-                y,
-                partial,
-                arrived,
-                rows,
-                cols,
-                batch,
-                y_stride: rows,
-                cut,
-                by128: 128,
-                by8: 8,
-                y_type: kind_of(dtype),
-                ..Prefill::default()
-            };
-            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
-            // SAFETY: `y` holds `batch` rows, the rest is as planned; there are no more blocks than multiprocessors, as they
-            // wait for each other.
-            unsafe { launch_with(&stream, function, grid, &[(&raw const product).cast()], programmatic) }
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, programmatic(&self.kernels))? };
+            let planned = Planned { plan, function, threads: THREADS, shared: *shared };
+            // SAFETY: `y` holds `batch` rows; the rest is as planned.
+            unsafe { self.launch(planned, &self.weights, (arranged, 0, y), (partial, arrived), (batch, dtype)) }
         })?;
         Ok(true)
     }

@@ -107,7 +107,7 @@ impl Kernels {
         let property = |property| driver(context.attribute(property));
         let processors = property(Property::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared = property(Property::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let module = |image: &[u8]| driver(context.load_module(Ptx::from_binary(image.to_vec())));
+        let module = |image: &[u8]| load_module(&context, image);
         let (decode, repair, hybrid) = (module(image::DECODE)?, module(image::REPAIR)?, module(image::HYBRID)?);
         let decode_rows = function(&decode, "taper_decode_rows", shared)?.0;
         // A GPU that there is no machine code for runs what its driver compiled of the PTX for 8.0, without what came later.
@@ -115,11 +115,10 @@ impl Kernels {
         let capability = capability.min((ptx / 10, ptx % 10));
         let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
         let warpgroups = capability == (9, 0);
-        let both = |stream, prefill| Ok::<_, Error>(Warpgroups { stream: module(stream)?, prefill: module(prefill)? });
-        let modules = warpgroups.then(|| both(image::STREAM, image::PREFILL)).transpose()?;
+        let besides = warpgroups.then(|| Warpgroups::load(&context, image::STREAM, image::PREFILL)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = if family == Family::Fixed { &fixed } else { &integers };
-            Ok((family, PackedKernels::load(family, module, modules.as_ref(), shared)?))
+            Ok((family, PackedKernels::load(family, module, besides.as_ref(), shared)?))
         });
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
         Ok(Kernels {
@@ -160,16 +159,16 @@ impl Kernels {
         if let Some(loaded) = self.blocks.get() {
             return Ok(loaded);
         }
-        let module = |image: &[u8]| driver(self.context.load_module(Ptx::from_binary(image.to_vec())));
-        let (large, small) = (module(image::KQUANT)?, module(image::KQUANT_SMALL)?);
-        let both = |stream, prefill| Ok::<_, Error>(Warpgroups { stream: module(stream)?, prefill: module(prefill)? });
-        let wide_modules = self.warpgroups.then(|| both(image::STREAM_KQUANT, image::PREFILL_KQUANT)).transpose()?;
-        let small_modules = self.warpgroups.then(|| both(image::STREAM_SMALL, image::PREFILL_SMALL)).transpose()?;
+        let load = |image, stream, prefill| {
+            let besides = self.warpgroups.then(|| Warpgroups::load(&self.context, stream, prefill)).transpose()?;
+            Ok::<_, Error>((load_module(&self.context, image)?, besides))
+        };
+        let large = load(image::KQUANT, image::STREAM_KQUANT, image::PREFILL_KQUANT)?;
+        let small = load(image::KQUANT_SMALL, image::STREAM_SMALL, image::PREFILL_SMALL)?;
         let load = |ty: GgmlType| {
-            let wide = ty.block_len() == 256;
-            let (family, module) = (Family::Blocks(ty), if wide { &large } else { &small });
-            let modules = if wide { &wide_modules } else { &small_modules };
-            Ok((family, PackedKernels::load(family, module, modules.as_ref(), self.shared)?))
+            let (module, besides) = if ty.block_len() == 256 { &large } else { &small };
+            let family = Family::Blocks(ty);
+            Ok((family, PackedKernels::load(family, module, besides.as_ref(), self.shared)?))
         };
         let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
         // Another thread may have been quicker; both loaded the same.
@@ -208,6 +207,11 @@ impl LoadedKernels {
 pub(crate) fn takes(tensor: &Tensor) -> bool {
     let Device::Cuda(device) = tensor.device() else { return false };
     matches!(tensor.dtype(), DType::BF16 | DType::F16 | DType::F32) && Kernels::of(device).is_ok()
+}
+
+/// The kernels of a file of `kernels/`.
+pub(super) fn load_module(context: &Arc<CudaContext>, image: &[u8]) -> Result<Arc<CudaModule>> {
+    driver(context.load_module(Ptx::from_binary(image.to_vec())))
 }
 
 /// A kernel, and how much dynamic shared memory its blocks may ask for, of `most` bytes that a block may have.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
@@ -34,32 +34,41 @@ const fn width(columns: usize, unit: f64, meeting: f64) -> Width {
 
 /// The argument: the struct of this name in `kernels/prefill_parts.cuh`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Prefill {
-    pub weights: u64,
-    pub overflow: u64,
-    pub x: u64,
-    pub y: u64,
-    pub partial: u64,
-    pub arrived: u64,
-    pub rows: i32,
-    pub cols: i32,
-    pub batch: i32,
-    pub y_stride: i32,
-    pub cut: i32,
-    pub by128: i32,
-    pub by8: i32,
+#[derive(Clone, Copy, Debug)]
+struct Prefill {
+    weights: u64,
+    overflow: u64,
+    x: u64,
+    y: u64,
+    partial: u64,
+    arrived: u64,
+    rows: i32,
+    cols: i32,
+    batch: i32,
+    y_stride: i32,
+    cut: i32,
+    by128: i32,
+    by8: i32,
     /// As `kernels/activations.cuh` numbers it: BF16 but for FP8 products.
-    pub y_type: i32,
-    pub x_stride: i32,
-    pub unused: i32,
+    y_type: i32,
+    x_stride: i32,
+    unused: i32,
     /// Room for `x` in the order in which `kernels/prefill.cuh` multiplies it.
-    pub arranged: u64,
+    arranged: u64,
 }
 
 // SAFETY: plain numbers in C's layout, without padding.
 unsafe impl DeviceRepr for Prefill {}
 const _: () = assert!(size_of::<Prefill>() == 96);
+
+/// A product of `kernels/{stream,prefill,fp8}.cuh`: how it is shared out, and the kernel.
+#[derive(Clone, Copy)]
+pub(super) struct Planned<'a> {
+    pub plan: Plan,
+    pub function: &'a CudaFunction,
+    pub threads: u32,
+    pub shared: usize,
+}
 
 /// Whether a layout has the kernels.
 fn has(family: Family) -> bool {
@@ -104,40 +113,60 @@ impl Packed {
         }
         let stream = self.device.cuda_stream();
         self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
-            let (weights, _weights) = self.weights.device_ptr(&stream);
-            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let (x, _x) = x.device_ptr(&stream);
-            let (y, _y) = y.device_ptr_mut(&stream);
             let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
-            let (partial, _partial) = partial.device_ptr_mut(&stream);
-            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
-            let [rows, cols, batch, cut] = [rows, cols, batch, plan.cut].map(|size| size as i32);
-            let product = Prefill {
-                weights,
-                overflow,
-                x,
-                y,
-                partial,
-                arrived,
-                rows,
-                cols,
-                batch,
-                y_stride: rows,
-                cut,
-                by128: 128,
-                by8: 8,
-                y_type: kind_of(dtype),
-                x_stride: cols,
-                arranged,
-                ..Prefill::default()
-            };
-            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: THREADS, shared: *shared as u32 };
-            let arguments = [(&raw const product).cast()];
-            // SAFETY: `x` and `y` hold `batch` rows, the rest is as planned; there are no more blocks than multiprocessors, as
-            // they wait for each other.
-            unsafe { launch_with(&stream, function, grid, &arguments, programmatic(&self.kernels)) }
+            let planned = Planned { plan, function, threads: THREADS, shared: *shared };
+            // SAFETY: `x` and `y` hold `batch` rows, as checked above, `arranged` the plan's; the rest is as planned.
+            unsafe { self.launch(planned, &self.weights, (x, arranged, y), (partial, arrived), (batch, dtype)) }
         })?;
         Ok(true)
+    }
+
+    /// Enqueues a product of `batch` rows. `x` and `arranged` are addresses, as the kernel wants them.
+    ///
+    /// # Safety
+    /// `x`, `arranged` and `y` have the sizes that the kernel asks for `batch` rows of `dtype`; `weights` are this matrix's,
+    /// `partial` and `arrived` as the plan has them, and the plan is of the kernel, with no more blocks than multiprocessors,
+    /// as they wait for each other.
+    pub(super) unsafe fn launch(
+        &self,
+        Planned { plan, function, threads, shared }: Planned,
+        weights: &CudaSlice<u8>,
+        (x, arranged, y): (u64, u64, &mut CudaViewMut<u8>),
+        (partial, arrived): (&mut CudaSlice<f32>, &mut CudaSlice<u32>),
+        (batch, dtype): (usize, Dtype),
+    ) -> Result<()> {
+        let Geometry { rows, cols } = self.geometry;
+        let stream = self.device.cuda_stream();
+        let (weights, _weights) = weights.device_ptr(&stream);
+        let (overflow, _overflow) = self.overflow.device_ptr(&stream);
+        let (y, _y) = y.device_ptr_mut(&stream);
+        let (partial, _partial) = partial.device_ptr_mut(&stream);
+        let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
+        let [rows, cols, batch, cut] = [rows, cols, batch, plan.cut].map(|size| size as i32);
+        let product = Prefill {
+            weights,
+            overflow,
+            x,
+            y,
+            partial,
+            arrived,
+            rows,
+            cols,
+            batch,
+            y_stride: rows,
+            cut,
+            by128: 128,
+            by8: 8,
+            y_type: kind_of(dtype),
+            x_stride: cols,
+            unused: 0,
+            arranged,
+        };
+        let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads, shared: shared as u32 };
+        let arguments = [(&raw const product).cast()];
+        // SAFETY: as the caller says.
+        unsafe { launch_with(&stream, function, grid, &arguments, programmatic(&self.kernels)) }
     }
 }
 

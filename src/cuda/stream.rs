@@ -6,13 +6,12 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc;
-use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaView, CudaViewMut, DevicePtr};
 
 use super::family::Family;
 use super::kernels::function;
-use super::launch::{Grid, launch_with, programmatic};
-use super::packed::{Packed, kind_of};
-use super::prefill::Prefill;
+use super::packed::Packed;
+use super::prefill::Planned;
 use super::shares::{Plan, Share, Width};
 use crate::codec::kquant::GgmlType;
 use crate::codec::{Dtype, Geometry};
@@ -87,36 +86,10 @@ impl Packed {
         let stream = self.device.cuda_stream();
         // A block may have pieces of two.
         self.kernels.scratch.product(&self.device, 2 * plan.partial(), 0, |partial, arrived| {
-            let (weights, _weights) = weights.device_ptr(&stream);
-            let (overflow, _overflow) = self.overflow.device_ptr(&stream);
             let (x, _x) = x.device_ptr(&stream);
-            let (y, _y) = y.device_ptr_mut(&stream);
-            let (partial, _partial) = partial.device_ptr_mut(&stream);
-            let (arrived, _arrived) = arrived.device_ptr_mut(&stream);
-            let [rows, cols, batch, cut] = [rows, cols, batch, plan.cut].map(|size| size as i32);
-            let product = Prefill {
-                weights,
-                overflow,
-                x,
-                y,
-                partial,
-                arrived,
-                rows,
-                cols,
-                batch,
-                y_stride: rows,
-                cut,
-                by128: 128,
-                by8: 8,
-                y_type: kind_of(dtype),
-                x_stride: cols,
-                ..Prefill::default()
-            };
-            let grid = Grid { blocks: [plan.grid as u32, 1, 1], threads: threads(plan.rows), shared: *shared as u32 };
-            let arguments = [(&raw const product).cast()];
-            // SAFETY: `x` and `y` hold `batch` rows, the rest is as planned; there are no more blocks than multiprocessors, as
-            // they wait for each other.
-            unsafe { launch_with(&stream, function, grid, &arguments, programmatic(&self.kernels)) }
+            let planned = Planned { plan, function, threads: threads(plan.rows), shared: *shared };
+            // SAFETY: `x` and `y` hold `batch` rows, as checked above; the rest is as planned.
+            unsafe { self.launch(planned, weights, (x, 0, y), (partial, arrived), (batch, dtype)) }
         })?;
         Ok(true)
     }

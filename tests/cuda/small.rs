@@ -1,7 +1,7 @@
 //! Every kernel once, on matrices as small as it can take: what compute-sanitizer is given (README, "Tests on a GPU"), as
 //! its tools need minutes for one second of the other tests.
 
-use candle_core::{DType, Module, Tensor};
+use candle_core::{DType, Device, Module, Tensor};
 use candle_taper::codec::kquant::GgmlType;
 use candle_taper::matrix::GpuLayout;
 use candle_taper::nn::CompressedLinear;
@@ -104,6 +104,15 @@ fn many_rows() {
     kquant::check(&device, &matrix.linear(&device), &matrix, &activations(MANY, 768, 1), DType::F16);
 }
 
+/// Products of random blocks in BF16: rows and columns of the matrix, rows of activations.
+fn check_blocks(device: &Device, ty: GgmlType, cases: &[(usize, usize, usize)]) {
+    for &(rows, cols, m) in cases {
+        let matrix = kquant::Matrix::new(ty, rows, cols, 7);
+        let x = activations(m, matrix.shape[1], 1);
+        kquant::check(device, &matrix.linear(device), &matrix, &x, DType::BF16);
+    }
+}
+
 /// Formats of which each kernel is tried, for groups of 32 with minima, of 16, and of 32 in blocks of their own.
 const SEVERAL: [GgmlType; 3] = [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0];
 
@@ -126,11 +135,7 @@ fn streams() {
     for ty in QUANTIZED {
         let cases: &[_] =
             if SEVERAL.contains(&ty) { &[(600, 1280, 20), (17_000, 256, 40)] } else { &[(600, 1280, 40)] };
-        for &(rows, cols, m) in cases {
-            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
-            let x = activations(m, matrix.shape[1], 1);
-            kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
-        }
+        check_blocks(&device, ty, cases);
     }
 }
 
@@ -156,11 +161,7 @@ fn prefill() {
     for ty in QUANTIZED {
         let each = [(40, 512, 70), (600, 1280, 70), (2176, 256, 1000), (2944, 256, 1000)];
         let cases = if SEVERAL.contains(&ty) { &each[..] } else { &each[1..2] };
-        for &(rows, cols, m) in cases {
-            let matrix = kquant::Matrix::new(ty, rows, cols, 7);
-            let x = activations(m, matrix.shape[1], 1);
-            kquant::check(&device, &matrix.linear(&device), &matrix, &x, DType::BF16);
-        }
+        check_blocks(&device, ty, cases);
     }
 }
 
