@@ -4,7 +4,7 @@
 // Work split   A block is 128 rows of the matrix x N columns of activations (N = 128, 192 or 256), K in units of
 //              128 columns. A block of the grid takes whole blocks of the product in turn; where that would leave SMs
 //              idle, the first `cut` of them are laid end to end and cut into `grid` equal pieces instead, and the rest
-//              dealt out whole. Who has the first piece of a block adds the others' sums, in order.
+//              dealt out whole. What becomes of the sums of pieces: prefill_join.cuh.
 // Warps        Two warpgroups of consumers, 64 rows each, a tile of 16 rows a warp; and one whose first warp fetches
 //              activations and whose others fetch weights, into a ring each. Accumulators take N / 2 registers.
 // Order of x   First the grid brings x into the order of shared memory (prefill_order.cuh), so that one bulk copy
@@ -12,23 +12,26 @@
 //              stream.cuh 16 bytes with the eight values that two registers of four lanes' A fragments meet: chunk q of
 //              vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1), with groups of 16 those of column_of in
 //              kquant.cuh. What lies past the matrix's columns or the batch is zero.
-// Turns        A warpgroup decodes a unit, waits for its turn, has the tensor cores multiply the unit and passes the
-//              turn on. Otherwise both decode at the same time, and then both wait for the tensor cores.
-// Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2300 of `fixed`, 2400 of Q4_K. Decoding
-//              takes 260 instructions of each of two warps a scheduler (`fixed`). An SM gets 64 KB of x a unit, which
-//              all of them together could not read from the second-level cache in that time: what several read at about
-//              the same time is read once, if copies have no cache hint (bulk_copy in ptx.cuh). Before the first unit
-//              4 us pass for the order of 4 MB of x; where blocks are cut, 7 us for sums and results after the last. At
-//              28672 x 4096 it is the power limit of an H200 that counts: its clock falls from 1.8 to 1.4 GHz.
-// Order        The sums of a block have one order: by K within a piece, then pieces. Pieces depend on the shape and
-//              `grid` only, so the result is the same from run to run.
+// Turns        A warpgroup waits for its turn, has the tensor cores multiply half a unit, decodes the other half
+//              meanwhile, has it multiplied too and passes the turn on; then it decodes half of the next unit. Without
+//              turns both would decode at the same time, and then both wait for the tensor cores.
+// Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2280 of `fixed` (2130 if no weight needed
+//              a repair). Decoding takes 300 instructions of each of two warps a scheduler (`fixed`). An SM gets 64 KB
+//              of x a unit, which all of them together could not read from the second-level cache in that time: what
+//              several read at about the same time is read once, if copies have no cache hint (bulk_copy in ptx.cuh).
+//              Before the first product 4.5 us pass (4096 columns, 512 rows), 3 of them for the order of x; 12 with
+//              14336 columns. Results take 2 us, sums of two pieces 4 more. At 28672 x 4096 it is the power limit of
+//              an H200 that counts: its clock falls from 1.8 to 1.4 GHz.
+// Order        The sums of a block have one order: by K within a piece, then who adds them up his own and the others' in
+//              turn. Pieces depend on the shape and `grid` only, so the result is the same from run to run.
 //
 // Launch       grid: at most the SMs (blocks wait for each other); block 384; dynamic shared memory
 //              prefill_shared_bytes<L, N>(). x: bf16, rows x_stride apart. arranged: batch rounded up to N, * units *
-//              256 bytes, 128-byte aligned. partial, unless cut = 0: grid * 128 * N floats; arrived: 2 * grid zeroed
-//              words, zero again at the end. cut: fewer than two blocks for each of the grid. May be launched with
+//              256 bytes, 128-byte aligned. partial, unless cut = 0: 2 * grid * 128 * N floats; arrived: 2 * grid + 2
+//              zeroed words, zero again at the end. cut: fewer than two blocks for each of the grid. May be launched with
 //              programmatic stream serialisation (see product.cuh).
 #pragma once
+#include "prefill_join.cuh"
 #include "prefill_order.cuh"
 #include "stream_units.cuh"
 
@@ -191,6 +194,11 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     a_turn.next();
   };
   const auto x_there = [&] { mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase); };
+  const auto decode = [&](int j0) {
+#pragma unroll
+    for (int j = j0; j < j0 + 2; j++) unit.vector(j, a[j]);
+    unit.repair(p, j0, j0 + 2, a, scratch, lane);
+  };
   // The low words of descriptors; the high one is the same for all.
   const uint32_t b_first = (uint32_t)b_descriptor(at.b_ring, N * 16);
   const auto descriptor = [](uint32_t low) { return (b_descriptor(0, 0) & ~(uint64_t)0xFFFFFFFF) | low; };
@@ -211,62 +219,36 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
     load(piece.first, true);
+    decode(0);
     for (int u = piece.first; u < piece.last; u++) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) unit.vector(j, a[j]), unit.repair(p, j, a[j], scratch, lane);
       x_there();
       bar_sync_of<CONSUMER_THREADS>(TURN + half);
       const uint32_t first = multiply(0);
+      decode(2);
       x_there();
       const uint32_t second = multiply(2);
       bar_arrive_of<CONSUMER_THREADS>(TURN + 1 - half);
       // Only now: an arrival may overtake loads that went before it, but the products have had all they brought.
       mbarrier_arrive(loaded);
-      if (u + 1 < piece.last) load(u + 1, false);
+      const bool more = u + 1 < piece.last;
+      if (more) load(u + 1, false);
       wgmma_wait<1>();
       release(first);
+      if (more) decode(0);
       wgmma_wait<0>();
       release(second);
     }
 #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
 
-    const uint32_t me = blockIdx.x + nothing(), grid = gridDim.x;
-    const auto plane = [&](int block) {
-      return (float4*)p.partial + ((size_t)block * 2 + half) * (N / 8) * 128 + place;
-    };
-    if (piece.first > 0) {  // another adds it
-      float4* to = plane(me);
-#pragma unroll
-      for (int i = 0; i < N / 8; i++) __stcg(to + i * 128, make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
-      warpgroup_sync(half);
-      if (place == 0) set_flag(p.arrived + 2 * me + half);
+    const int row = (first_tile(piece.block) + 4 * half) * TILE_ROWS, column = piece.block % wide() * N;
+    const uint32_t out = at.scratches + 4 * half * R::SCRATCH;
+    if (piece.last - piece.first < piece.units) {
+      join_pieces<N>(p, piece, c, row, column, out, half, place);
       continue;
     }
-    if (piece.last < piece.units) {
-      const uint32_t end = (piece.block + 1) * piece.units;
-      for (uint32_t other = me + 1; piece.start(other, grid) < end; other++) {
-        if (piece.start(other, grid) == piece.start(other + 1, grid)) continue;
-        uint32_t* flag = p.arrived + 2 * other + half;
-        if (place == 0) await_flag(flag);
-        warpgroup_sync(half);
-        if (place == 0) *flag = 0;
-        const float4* from = plane(other);
-        constexpr int TOGETHER = N % 128 == 0 ? 16 : 8;
-#pragma unroll
-        for (int i0 = 0; i0 < N / 8; i0 += TOGETHER) {
-          float4 v[TOGETHER];
-#pragma unroll
-          for (int i = 0; i < TOGETHER; i++) v[i] = __ldcg(from + (i0 + i) * 128);
-#pragma unroll
-          for (int i = 0; i < TOGETHER; i++)
-            c[i0 + i][0] += v[i].x, c[i0 + i][1] += v[i].y, c[i0 + i][2] += v[i].z, c[i0 + i][3] += v[i].w;
-        }
-      }
-    }
     warpgroup_sync(half);  // all four warps have read what repairs kept in the scratch memory
-    store_results<N>(p, c, (first_tile(piece.block) + 4 * half) * TILE_ROWS, piece.block % wide() * N,
-                     at.scratches + 4 * half * R::SCRATCH, half, place, pack_bf16);
+    store_results<N>(p, c, row, column, out, half, place, pack_bf16);
   }
   if (half == 0) bar_sync_of<CONSUMER_THREADS>(TURN);  // what the other's last turn passed on
 #endif

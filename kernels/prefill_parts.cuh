@@ -90,24 +90,16 @@ struct Turn {
   }
 };
 
-// Puts a repair of a stage's own list into a vector: the lane that has the weight does.
-__device__ __forceinline__ void patch_one(uint32_t e, uint32_t (&a)[8], int lane) {
-  const uint32_t place = (int)(e >> 3 & 31) == lane ? (e >> 6 & 4) | (e >> 1 & 3) : 8, halves = e & 1 ? 0x7610 : 0x3276;
-#pragma unroll
-  for (uint32_t p = 0; p < 8; p++)
-    if (place == p) a[p] = __byte_perm(a[p], e, halves);
-}
-
-// Puts in the `count` repairs of a stage that are for vector j of `unit`: they are many, in the overflow list, and go
-// through `scratch`, 1 KB of shared memory of the warp's.
-__device__ __forceinline__ void patch_listed(const uint32_t* list, uint32_t count, uint32_t unit, int j,
+// Puts in the repairs of a stage that are for vector j of `unit` where they are many, through `scratch`, 1 KB of shared
+// memory of the warp's: `count` in the overflow list, or one in each lane's `entry`.
+__device__ __forceinline__ void patch_listed(const uint32_t* list, uint32_t entry, uint32_t count, uint32_t unit, int j,
                                              uint32_t (&a)[8], uint32_t scratch, int lane) {
   sts128(scratch + 16 * lane, make_uint4(a[0], a[1], a[2], a[3]));
   sts128(scratch + 512 + 16 * lane, make_uint4(a[4], a[5], a[6], a[7]));
   __syncwarp();
 #pragma unroll 1
   for (uint32_t i = lane; i < count; i += 32) {
-    const uint32_t e = __ldg(list + i);
+    const uint32_t e = list ? __ldg(list + i) : entry;
     if ((e >> 9 & 127) == (unit << 2 | j)) sts16(scratch + 2 * (e & 511), e >> 16);
   }
   __syncwarp();

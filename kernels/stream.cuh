@@ -156,7 +156,7 @@ __device__ __forceinline__ void stream_product(const Prefill& p) {
       for (uint32_t u = piece.first; u < piece.last; u++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) unit.vector(j, a[j]);
-        unit.repair(p, a, mine, lane);
+        if (unit.needs_repair()) unit.repair(p, 0, 4, a, mine, lane);
         float scale[2];
         if constexpr (APART) {
 #pragma unroll

@@ -48,43 +48,47 @@ struct StreamUnit {
         }
       }
   }
-  __device__ __forceinline__ void repair(const Prefill&, int, uint32_t (&)[8], uint32_t, int) const {}
-  __device__ __forceinline__ void repair(const Prefill&, uint32_t (&)[4][8], uint32_t, int) const {}
+  __device__ __forceinline__ bool needs_repair() const { return false; }
+  __device__ __forceinline__ void repair(const Prefill&, int, int, uint32_t (&)[4][8], uint32_t, int) const {}
 };
 
-// The repairs that a unit needs: most need none, one or two. Those are sought when the unit is loaded, while products
-// run, and put into its registers by the lane that has the weight.
+// The repairs that a unit needs: of three units two have none, most others one or two. They are handed to the lanes that
+// have the weights when the unit is loaded, while products run.
 struct StreamRepairs {
-  static constexpr uint32_t MORE = 16, LISTED = 32;
-  uint32_t entry, first, second, unit, stage;
-  uint32_t vectors = 0;  // those that need some, and whether there are more than two, or all are in the overflow list
+  static constexpr uint32_t SOME = 1, MANY = 2, LISTED = 4;
+  uint32_t mine = 0, bit = 0;  // the lane's repair, and where it goes: bit 8 j + p for register p of vector j, or none
+  uint32_t entry, unit, stage;
+  uint32_t state = 0;  // SOME; MANY: some lane has two; LISTED: the trailer has none of them
   __device__ __forceinline__ void load(uint32_t trailer, int extra, int u, int lane) {
     entry = lds32(lane < ENTRIES ? trailer + 8 + extra + 4 * lane : trailer);
-    unit = 16u | u, stage = trailer, vectors = 0;
+    unit = 16u | u, stage = trailer, state = 0, bit = 0;
     uint32_t left = __ballot_sync(~0u, lane < ENTRIES ? repairs_unit(entry, u) : entry != 0);
     if (left == 0) return;
-    first = __shfl_sync(~0u, entry, __ffs(left) - 1);
-    second = __shfl_sync(~0u, entry, 31 - __clz(left));  // perhaps the first again, which does no harm
-    vectors = left >> ENTRIES    ? 15 | LISTED
-              : __popc(left) > 2 ? 15 | MORE
-                                 : 1 << (first >> 9 & 3) | 1 << (second >> 9 & 3);
-  }
-  // scratch: the warp's, 1 KB.
-  __device__ __forceinline__ void patch(int j, uint32_t (&a)[8], uint32_t scratch, int lane,
-                                        const uint32_t* overflow) const {
-    if (!(vectors >> j & 1)) return;
-    if (vectors & LISTED) {
-      const uint32_t count = lds32(stage);
-      return patch_listed(overflow + lds32(stage + 4), count, unit, j, a, scratch, lane);
-    }
-    if (vectors & MORE) {
-      uint32_t left = __ballot_sync(~0u, lane < ENTRIES && (entry >> 9 & 127) == (unit << 2 | j));
+    state = left >> ENTRIES ? LISTED : SOME;
+    bool two = false;
 #pragma unroll 1
-      for (; left; left &= left - 1) patch_one(__shfl_sync(~0u, entry, __ffs(left) - 1), a, lane);
-      return;
+    for (; left && state == SOME; left &= left - 1) {
+      const uint32_t e = __shfl_sync(~0u, entry, __ffs(left) - 1);
+      if ((int)(e >> 3 & 31) != lane) continue;
+      two |= bit != 0, mine = e, bit = 1u << ((e >> 6 & 28) | (e >> 1 & 3));
     }
-    if ((first >> 9 & 3) == j) patch_one(first, a, lane);
-    if ((second >> 9 & 3) == j) patch_one(second, a, lane);
+    if (__any_sync(~0u, two)) state = MANY, bit = 0;
+  }
+  // Puts them into vectors begin to end - 1. scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void patch(int begin, int end, uint32_t (&a)[4][8], uint32_t scratch, int lane,
+                                        const uint32_t* overflow) const {
+    const uint32_t halves = mine & 1 ? 0x7610 : 0x3276;
+#pragma unroll
+    for (int j = begin; j < end; j++)
+#pragma unroll
+      for (int p = 0; p < 8; p++)
+        if (bit >> (8 * j + p) & 1) a[j][p] = __byte_perm(a[j][p], mine, halves);
+    if (!(state & (MANY | LISTED))) return;
+    const bool listed = state == LISTED;
+    const uint32_t count = listed ? lds32(stage) : ENTRIES;
+    const uint32_t* const list = listed ? overflow + lds32(stage + 4) : nullptr;
+#pragma unroll
+    for (int j = begin; j < end; j++) patch_listed(list, entry, count, unit, j, a[j], scratch, lane);
   }
 };
 
@@ -107,15 +111,11 @@ struct StreamUnit<Fixed> {
     if (j == 1) unit.codes[1] = lds128(mine + 2560);
     unit.vector(j, a);
   }
-  // Puts a vector's repairs in, while the place of the unit is yet to be read again. scratch: the warp's, 1 KB.
-  __device__ __forceinline__ void repair(const Prefill& p, int j, uint32_t (&a)[8], uint32_t scratch, int lane) const {
-    repairs.patch(j, a, scratch, lane, p.overflow);
-  }
-  // All vectors', with one branch for most units, so that vectors are decoded side by side.
-  __device__ __forceinline__ void repair(const Prefill& p, uint32_t (&a)[4][8], uint32_t scratch, int lane) const {
-    if (!repairs.vectors) return;
-#pragma unroll
-    for (int j = 0; j < 4; j++) repair(p, j, a[j], scratch, lane);
+  __device__ __forceinline__ bool needs_repair() const { return repairs.state != 0; }
+  // Puts the repairs of vectors begin to end - 1 in, which may be decoded side by side. scratch: the warp's, 1 KB.
+  __device__ __forceinline__ void repair(const Prefill& p, int begin, int end, uint32_t (&a)[4][8], uint32_t scratch,
+                                         int lane) const {
+    repairs.patch(begin, end, a, scratch, lane, p.overflow);
   }
 };
 #endif

@@ -21,20 +21,27 @@ static const Width WIDTHS[] = {{128, prefill_shared_bytes<L, 128>(), (void*)benc
                                {192, prefill_shared_bytes<L, 192>(), (void*)bench_prefill_192},
                                {256, prefill_shared_bytes<L, 256>(), (void*)bench_prefill_256}};
 
+// How blocks are shared out: each to one block of the grid, in pieces of equal length, or each in as many pieces.
+constexpr int WHOLE = 0, CUT = 1, MOST_PIECES = 8;
+
 // A product, planned as src/cuda/prefill.rs does.
 struct Launches {
   Prefill p = {};
   Width width;
   int grid;
+  bool fits;
   Buffer<uint8_t> arranged;
 
   Launches(const Device& device, const Packed& packed, const DenseMatrix& dense, int batch, const Width& width_,
-           bool cut)
+           int cut)
       : width(width_) {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const Shape<L>& shape = packed.shape();
     const long long wide = ceil_div(batch, width.columns), blocks = ceil_div(shape.tiles, PREFILL_TILES) * wide;
-    grid = (int)std::min<long long>(device.multiprocessors, cut ? blocks * shape.units : blocks);
+    fits = cut <= CUT || (cut * blocks <= device.multiprocessors && cut <= shape.units);
+    grid = (int)std::min<long long>(device.multiprocessors, cut == WHOLE ? blocks
+                                                            : cut == CUT ? blocks * shape.units
+                                                                         : cut * blocks);
     if (cut && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
     arranged = Buffer<uint8_t>(wide * width.columns * shape.units * 256);
     p.weights = packed.weights(), p.overflow = packed.overflow();
@@ -51,7 +58,9 @@ struct Launches {
   }
 };
 
-static std::string name_of(const Width& width, bool cut) { return std::to_string(width.columns) + (cut ? " cut" : ""); }
+static std::string name_of(const Width& width, int cut) {
+  return std::to_string(width.columns) + (cut == WHOLE ? "" : cut == CUT ? " cut" : " in " + std::to_string(cut));
+}
 
 static void check(const Device& device, int rows, int cols, Kind kind, std::initializer_list<int> batches, int pad = 0,
                   bool special_x = false, int rounds = 3) {
@@ -60,13 +69,14 @@ static void check(const Device& device, int rows, int cols, Kind kind, std::init
   const Packed packed(dense);
   for (int batch : batches)
     for (const Width& width : WIDTHS)
-      for (bool cut : {false, true}) {
+      for (int cut = WHOLE; cut <= MOST_PIECES; cut++) {
         if (width.columns >= batch + 128) continue;
         const int x_stride = cols + pad, y_stride = rows + pad;
         const Buffer<uint16_t> x((size_t)batch * x_stride);
         make_activations<<<blocks_for((size_t)batch * x_stride), 256>>>(x.get(), (size_t)batch * x_stride, bench::BF16,
                                                                         special_x, 5);
         Launches launches(device, packed, dense, batch, width, cut);
+        if (!launches.fits) continue;
         const Outcome outcome = repeat(
             rounds, rows, batch, y_stride,
             [&](uint16_t* y, bool programmatic) {
@@ -91,9 +101,10 @@ static void time_shape(const Device& device, const Cublas& cublas, int rows, int
   for (int batch : {128, 192, 256, 512, 1024})
     time_beside(cublas, plain, rows, cols, batch, [&](const uint16_t* x, uint16_t* y, const auto& time) {
       for (const Width& width : WIDTHS)
-        for (bool cut : {false, true}) {
+        for (int cut = WHOLE; cut <= MOST_PIECES; cut++) {
           if (width.columns >= batch + 128) continue;
           Launches launches(device, packed, dense, batch, width, cut);
+          if (!launches.fits) continue;
           time(name_of(width, cut),
                [&](int i, cudaStream_t stream) { launches.run(x, cols, copies.of(i), y, rows, stream, true); });
         }

@@ -26,10 +26,11 @@ pub(super) const ROWS: usize = 128;
 const MOST_ROWS: usize = 1024;
 
 /// One for each kernel of a layout.
-const WIDTHS: [Width; 3] = [width(128, 0.97, 5.0), width(192, 1.12, 6.5), width(256, 1.35, 8.0)];
+const WIDTHS: [Width; 3] = [width(128, 0.97, [5.0, 3.5]), width(192, 1.12, [6.0, 4.0]), width(256, 1.35, [10.0, 4.5])];
 
-const fn width(columns: usize, unit: f64, meeting: f64) -> Width {
-    Width { columns, rows: ROWS, unit, meeting, evenly: None }
+/// `meeting`: of any pieces, and of even ones.
+const fn width(columns: usize, unit: f64, meeting: [f64; 2]) -> Width {
+    Width { columns, rows: ROWS, unit, meeting: meeting[0], evenly: Some(meeting[1]) }
 }
 
 /// The argument: the struct of this name in `kernels/prefill_parts.cuh`.
@@ -112,7 +113,8 @@ impl Packed {
             return Ok(false);
         }
         let stream = self.device.cuda_stream();
-        self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
+        // A block may have pieces of two.
+        self.kernels.scratch.both(&self.device, bytes, 2 * plan.partial(), |arranged, partial, arrived| {
             let (x, _x) = x.device_ptr(&stream);
             let (arranged, _arranged) = arranged.device_ptr_mut(&stream);
             let planned = Planned { plan, function, threads: THREADS, shared: *shared };
@@ -184,10 +186,12 @@ mod tests {
         assert_eq!(plan(8192, 2048, 512), Plan { kernel: 2, columns: 256, rows: ROWS, padded: 512, grid: 128, cut: 0 });
         assert_eq!(
             plan(4096, 14336, 512),
-            Plan { kernel: 2, columns: 256, rows: ROWS, padded: 512, grid: 132, cut: 64 }
+            Plan { kernel: 2, columns: 256, rows: ROWS, padded: 512, grid: 128, cut: 64 }
         );
+        let any = plan(6144, 4096, 512);
+        assert_eq!((any.kernel, any.grid, any.cut), (2, 132, 96));
         // The cases of tests/cuda/small.rs take each of the kernels, and cut blocks.
-        let cases = [(40, 520, 70), (40, 1300, 70), (2112, 128, 600), (2176, 128, 1000), (2944, 128, 1000)];
+        let cases = [(40, 300, 70), (40, 1300, 70), (2112, 128, 600), (2176, 128, 1000), (2944, 128, 1000)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
         let taken = plans.map(|plan| (plan.kernel, plan.cut > 0));
         assert_eq!(taken, [(0, false), (0, true), (0, false), (1, false), (2, false)]);

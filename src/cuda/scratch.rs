@@ -67,7 +67,7 @@ impl Scratch {
     }
 
     /// Calls `work`, which enqueues a product that needs `partial` floats, and words that are zero before and after it: at
-    /// least `words`, and two for each multiprocessor.
+    /// least `words`, and two for each multiprocessor and two more.
     pub fn product<T>(
         &self,
         device: &CudaDevice,
@@ -98,7 +98,7 @@ impl Scratch {
         work(last(workspaces, device, bytes, "a workspace")?, partial, arrived)
     }
 
-    /// At least `words` that are zero, and two for each multiprocessor.
+    /// At least `words` that are zero, and two for each multiprocessor and two more.
     fn zeros<'b>(
         &self,
         arrived: &'b mut Vec<CudaSlice<u32>>,
@@ -107,7 +107,7 @@ impl Scratch {
     ) -> Result<&'b mut CudaSlice<u32>> {
         if arrived.last().is_none_or(|held| held.len() < words) {
             may_grow()?;
-            arrived.push(device.alloc_zeros::<u32>(words.next_power_of_two().max(2 * self.processors))?);
+            arrived.push(device.alloc_zeros::<u32>(words.next_power_of_two().max(2 * self.processors + 2))?);
         }
         arrived.last_mut().ok_or_else(|| Error::Invalid("no scratch memory".into()))
     }

@@ -29,10 +29,17 @@ fn many_rows_are_multiplied_right() {
 #[test]
 fn many_rows_of_larger_matrices_are_multiplied_right() {
     let Some(device) = gpu() else { return };
-    // Blocks cut into pieces with whole ones after them; whole ones in rounds; one row of blocks.
-    for (rows, cols, m) in
-        [(2100, 1500, 530), (9000, 300, 600), (130, 9000, 100), (16, 60_000, 1000), (3000, 4104, 40), (3000, 4104, 20)]
-    {
+    // Blocks in pieces of equal number; in any pieces; whole ones in rounds; one row of blocks.
+    let cases = [
+        (2100, 1500, 530),
+        (8600, 2000, 250),
+        (9000, 300, 600),
+        (130, 9000, 100),
+        (16, 60_000, 1000),
+        (3000, 4104, 40),
+        (3000, 4104, 20),
+    ];
+    for (rows, cols, m) in cases {
         let w = matrix(Shape::Scaled, Dtype::Bf16, rows, cols, &Options::default());
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, GpuLayout::Fixed).unwrap();
         check(&device, &layer, &w, &activations(m, cols, 4), m, DType::BF16, &format!("{rows}x{cols} m={m}"));

@@ -144,7 +144,7 @@ fn streams() {
 fn prefill() {
     let Some(device) = gpu() else { return };
     let cases = [
-        (Shape::StudentT, 40, 520, 70),
+        (Shape::StudentT, 40, 300, 70),
         (Shape::Specials, 16, 200, 70),
         (Shape::StudentT, 40, 1300, 70),
         (Shape::StudentT, 40, 1300, 130),
