@@ -13,8 +13,8 @@
 //              vector j is columns 32 j + 8 t + 2 q + e (t = 0..3, e = 0, 1), with groups of 16 those of column_of in
 //              kquant.cuh. What lies past the matrix's columns or the batch is zero.
 // Turns        A warpgroup waits for its turn, has the tensor cores multiply half a unit, decodes the other half
-//              meanwhile, has it multiplied too and passes the turn on; then it decodes half of the next unit. Without
-//              turns both would decode at the same time, and then both wait for the tensor cores.
+//              meanwhile (if N > 128), has it multiplied too and passes the turn on; then it decodes half of the next
+//              unit. Without turns both would decode at the same time, and then both wait for the tensor cores.
 // Budget       A unit of N = 256 is 2048 cycles of the tensor cores; it takes 2280 of `fixed` (2130 if no weight needed
 //              a repair). Decoding takes 300 instructions of each of two warps a scheduler (`fixed`). An SM gets 64 KB
 //              of x a unit, which all of them together could not read from the second-level cache in that time: what
@@ -194,6 +194,8 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     a_turn.next();
   };
   const auto x_there = [&] { mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase); };
+  // Whether all of a unit is decoded before the turn: half a unit's products of few columns end before the other half is.
+  constexpr bool BEFORE = N < 192;
   const auto decode = [&](int j0) {
 #pragma unroll
     for (int j = j0; j < j0 + 2; j++) unit.vector(j, a[j]);
@@ -220,11 +222,12 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
     for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
     load(piece.first, true);
     decode(0);
+    if (BEFORE) decode(2);
     for (int u = piece.first; u < piece.last; u++) {
       x_there();
       bar_sync_of<CONSUMER_THREADS>(TURN + half);
       const uint32_t first = multiply(0);
-      decode(2);
+      if (!BEFORE) decode(2);
       x_there();
       const uint32_t second = multiply(2);
       bar_arrive_of<CONSUMER_THREADS>(TURN + 1 - half);
@@ -237,6 +240,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
       if (more) decode(0);
       wgmma_wait<0>();
       release(second);
+      if (BEFORE && more) decode(2);
     }
 #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");
