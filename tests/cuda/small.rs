@@ -1,4 +1,4 @@
-//! Every kernel once, on matrices as small as it can take: what compute-sanitizer is given (README, "Tests on a GPU"), as
+//! Every kernel once, on matrices as small as it can take: what compute-sanitizer is given (README, "Layout"), as
 //! its tools need minutes for one second of the other tests.
 
 use candle_core::{DType, Device, Module, Tensor};
