@@ -3,7 +3,7 @@
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o target/prefill benches/kernels/prefill.cu -ldl
 //     target/prefill check [--small]    against f64, and repeated launches against each other; exit status 1 on failure
-//     target/prefill time               every width, blocks whole and cut; times include bringing activations into order
+//     target/prefill time               every width, blocks whole and in pieces; times include bringing activations into order
 //
 // -DLAYOUT=LayoutQ4K and so on (kernels/kquant_formats.cuh) take another layout than `fixed`.
 #include "../../kernels/prefill_entry.cuh"
