@@ -49,6 +49,16 @@ struct Dense {
   }
 };
 
+// The sum of what the lanes of a warp before this one have.
+__device__ __forceinline__ uint32_t before_lane(uint32_t mine, int lane) {
+  uint32_t upto = mine;
+  for (int d = 1; d < 32; d *= 2) {
+    const uint32_t up = __shfl_up_sync(~0u, upto, d);
+    if (lane >= d) upto += up;
+  }
+  return upto - mine;
+}
+
 // Where a stage's repairs go: its trailer, or if there are more than ENTRIES the overflow list.
 struct RepairList {
   uint8_t* trailer;
@@ -59,17 +69,13 @@ struct RepairList {
       : trailer(trailer_), head(head_), list(overflow), limit(capacity), first_entry(8 + extra) {}
   // The place of this lane's first repair: by unit, then by lane. Called by all 8 warps; clears the trailer's entries.
   __device__ uint32_t place(uint32_t mine, uint32_t (&found)[8], int warp, int lane) const {
-    uint32_t before = mine;
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t up = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += up;
-    }
-    if (lane == 31) found[warp] = before;
+    uint32_t before = before_lane(mine, lane);
+    if (lane == 31) found[warp] = before + mine;
     if (threadIdx.x == 0) *(uint2*)trailer = head;
     if (threadIdx.x < ENTRIES) ((uint32_t*)(trailer + first_entry))[threadIdx.x] = 0;
     __syncthreads();
     for (int w = 0; w < warp; w++) before += found[w];
-    return before - mine;
+    return before;
   }
   __device__ void put(uint32_t i, uint32_t entry) const {
     if (head.x == 0) {

@@ -1,9 +1,7 @@
 // Layout `fixed` (fixed.cuh): made from dense rows, turned back into them, multiplied.
-#include "decode_rows.cuh"
 #include "dense.cuh"
-#include "entry.cuh"
 #include "fixed.cuh"
-#include "ids.cuh"
+#include "floats.cuh"
 
 using namespace taper;
 
@@ -79,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(256)
         const int h = i >> 3, kk = i & 7, p = 2 * (kk / 2) + h;
         const uint32_t w = v.weight(i), code = (w >> 7 & 255) - base;
         if (!v.inside(i)) continue;
-        sm[kk / 2] |= ((w >> 8 & 0x80) | (w & 0x7F)) << 8 * (2 * (kk & 1) + h);
+        sm[kk / 2] |= sign_and_mantissa(w, p, kk & 1);
         if (code < 16)
           codes[2 * j + p / 4] |= code << (4 * (p & 3) + 16 * (kk & 1));
         else
@@ -104,19 +102,4 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 }
 
-// Dense rows again (decode_rows.cuh); out's first row is row 16 tile0.
-extern "C" __global__ void __launch_bounds__(256, DECODE_BLOCKS)
-    fixed_decode(const uint8_t* weights, const uint32_t* overflow, uint16_t* out, int rows, int cols, int stride,
-                 int tile0) {
-  decode_rows<Fixed>(weights, overflow, {out, rows, cols, stride, tile0});
-}
-
-// Row ids[i] to row i of out. Grid: ids, stages.
-extern "C" __global__ void __launch_bounds__(256)
-    fixed_ids(const uint8_t* weights, const uint32_t* overflow, const uint32_t* ids, uint16_t* out, int rows, int cols,
-              int stride) {
-  decode_ids<Fixed>(weights, overflow, ids, out, rows, cols, stride);
-}
-
-TAPER_PRODUCTS(fixed, Fixed)
-TAPER_TEAM_PRODUCTS(fixed, Fixed)
+FLOAT_LAYOUT(fixed, Fixed)

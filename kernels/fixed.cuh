@@ -1,6 +1,6 @@
 // Layout `fixed`: 12.05 bits a bf16 weight, whatever its distribution.
 //
-//   unit   2048 bytes  sign and mantissa: byte 512 j + 16 lane + 2 kk + h (see unit.cuh)
+//   unit   2048 bytes  signs and mantissas (unit.cuh)
 //          1024 bytes  codes: words 0..3 of each lane, then words 4..7; register p of vector j has bits 4 (p%4) and
 //                      16 + 4 (p%4) of word 2 j + p/4
 //   stage  8 units, trailer of 96 bytes: EXTRA is one byte a unit, the lowest exponent of its window
@@ -9,8 +9,8 @@
 // lies outside (0.01% of a Gaussian, 0.04% of trained weights) is repaired exactly (unit.cuh). Windows follow the
 // scales of rows and columns by themselves, as each unit has its own.
 //
-// Budget per pair: PRMT spreads two sign-and-mantissa bytes, LOP3 masks a code, IMAD shifts it and adds the base, LOP3
-// joins them: 4 instructions, 2.0 a weight, plus loads and products.
+// Budget per pair: LOP3 masks a code, IMAD shifts it and adds the base, LOP3 joins it with sign and mantissa, every second
+// time after a PRMT: 3.5 instructions, 1.75 a weight, plus loads and products.
 #pragma once
 #include "unit.cuh"
 
@@ -45,12 +45,11 @@ struct Fixed {
     }
     __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
       const uint4 c = codes[j / 2];
-      const uint32_t s[4] = {sm[j].x, sm[j].y, sm[j].z, sm[j].w};
 #pragma unroll
       for (int p = 0; p < 8; p++) {
         const uint32_t word = j % 2 == 0 ? (p < 4 ? c.x : c.y) : (p < 4 ? c.z : c.w), high = p & 2 ? word >> 8 : word;
         const uint32_t exponents = p & 1 ? (high & 0x00F000F0u) * by8 + base : (high & 0x000F000Fu) * by128 + base;
-        a[p] = (__byte_perm(s[p / 2], 0, p & 1 ? 0x3311 : 0x2200) & 0x807F807Fu) | exponents;
+        a[p] = join(sm[j], p, exponents);
       }
     }
   };

@@ -20,8 +20,7 @@
 //           n x 32 bytes     first word of `tail` | (A - 1) << 24, A: the bits between lanes; then d of each lane, 6
 //           bits,
 //                            signed: five lanes a word, lowest first
-//           n x 2048 bytes   signs and mantissas: word 128 j + 4 lane + i has those of registers 2 i (bits 0 to 6 and
-//                            16 to 22; signs 15 and 31, their place in bf16) and 2 i + 1 (all bits 8 on, cyclic in 16)
+//           n x 2048 bytes   signs and mantissas (unit.cuh)
 //           tail             repairs, sorted by row: shifted value as bf16 << 16 | column in the stage << 4 | row;
 //                            then each unit's words: lane i's codes start at bit i A + 2 d[i], least significant bit
 //                            first, 32 pairs: j, then p
@@ -140,13 +139,6 @@ struct PairStreams {
   }
 };
 
-// Of each half.
-__device__ __forceinline__ uint32_t swap_bytes(uint32_t v) { return __byte_perm(v, 0, 0x2301); }
-__device__ __forceinline__ uint32_t join(uint32_t signs_and_mantissas, uint32_t exponents) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(signs_and_mantissas), "r"(exponents), "n"(0x807F807F));
-  return d;
-}
 __device__ __forceinline__ void shift_back4(uint32_t (&entry)[4], const RowShifts& shifts) {
 #pragma unroll
   for (int p = 0; p < 4; p++) entry[p] = shift_back(entry[p], p & 1 ? shifts.bottom : shifts.top);

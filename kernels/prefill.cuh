@@ -196,10 +196,10 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
   const auto x_there = [&] { mbarrier_wait(at.b_full + 8 * b_turn.slot, b_turn.phase); };
   // Whether all of a unit is decoded before the turn: half a unit's products of few columns end before the other half is.
   constexpr bool BEFORE = N < 192;
-  const auto decode = [&](int j0) {
+  const auto decode = [&](int from, int to) {
 #pragma unroll
-    for (int j = j0; j < j0 + 2; j++) unit.vector(j, a[j]);
-    unit.repair(p, j0, j0 + 2, a, scratch, lane);
+    for (int j = from; j < to; j++) unit.vector(j, a[j]);
+    unit.repair(p, from, to, a, scratch, lane);
   };
   // The low words of descriptors; the high one is the same for all.
   const uint32_t b_first = (uint32_t)b_descriptor(at.b_ring, N * 16);
@@ -221,13 +221,13 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) c[i / 4][i % 4] = 0;
     load(piece.first, true);
-    decode(0);
-    if (BEFORE) decode(2);
+    if (!BEFORE) decode(0, 2);
     for (int u = piece.first; u < piece.last; u++) {
+      if (BEFORE) decode(0, 4);
       x_there();
       bar_sync_of<CONSUMER_THREADS>(TURN + half);
       const uint32_t first = multiply(0);
-      if (!BEFORE) decode(2);
+      if (!BEFORE) decode(2, 4);
       x_there();
       const uint32_t second = multiply(2);
       bar_arrive_of<CONSUMER_THREADS>(TURN + 1 - half);
@@ -237,10 +237,9 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
       if (more) load(u + 1, false);
       wgmma_wait<1>();
       release(first);
-      if (more) decode(0);
+      if (!BEFORE && more) decode(0, 2);
       wgmma_wait<0>();
       release(second);
-      if (BEFORE && more) decode(2);
     }
 #pragma unroll
     for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(c[i / 4][i % 4])::"memory");

@@ -52,7 +52,7 @@ __host__ __device__ constexpr int byte_rows() {
 
 // Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that
 // wait for one another: a second team hides that, and halves the time that preparing activations takes; a third gains
-// nothing. Layout `fixed` has products with either.
+// nothing. Layouts `fixed` and `window` have products with either.
 template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
   return (L::GROUP >= 16 || byte_rows<L>()) && hopper ? 2 : 1;
@@ -69,7 +69,7 @@ constexpr int ARRIVAL_BYTES = 2 * 8 * ARRIVALS;
 // On compute capability 8 each warp keeps its own copy of the trailer.
 template <class L>
 __host__ __device__ constexpr int slot_bytes(bool hopper = HOPPER) {
-  return ceil_div(L::UNITS * L::UNIT_BYTES + (L::GROUP >= 16 && hopper ? 1 : CONSUMERS) * L::TRAILER, 128) * 128;
+  return ceil_div(L::UNITS * L::UNIT_BYTES + (hopper ? 1 : CONSUMERS) * L::TRAILER, 128) * 128;
 }
 __host__ __device__ constexpr int activation_stride(int width) {
   return width * 2 + 64;

@@ -13,6 +13,9 @@
 // So registers 0..3 and 4..7 are the A fragments of two m16n8k16 products whose K indices are permuted: the B fragments
 // of both are the 16 bytes at column 32j+8t of a row of activations, one shared load without any shuffling.
 //
+// Signs and mantissas of bf16 weights are 2048 bytes: word 128 j + 4 lane + i has those of registers 2 i (bits 0 to 6 and
+// 16 to 22; signs 15 and 31, their place in bf16) and 2 i + 1 (all bits 8 on, cyclic in 16).
+//
 //   trailer  u32 overflow count, u32 overflow offset, L::EXTRA bytes of the layout, ENTRIES u32 repairs
 //   repair   value as bf16 << 16 | 1 << 15 | unit in the stage << 11 | slot, or 0 for none
 //   slot     512 j + 256 (p/4) + 8 lane + 2 (p%4) + half
@@ -42,6 +45,25 @@ struct Shape {
   __host__ __device__ size_t tile_bytes() const { return (size_t)units * L::UNIT_BYTES + (size_t)stages * L::TRAILER; }
   __host__ __device__ static constexpr size_t stage_bytes() { return (size_t)L::UNITS * L::UNIT_BYTES + L::TRAILER; }
 };
+
+// Of each half.
+__device__ __forceinline__ uint32_t swap_bytes(uint32_t v) { return __byte_perm(v, 0, 0x2301); }
+__device__ __forceinline__ uint32_t join(uint32_t signs_and_mantissas, uint32_t exponents) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(signs_and_mantissas), "r"(exponents), "n"(0x807F807F));
+  return d;
+}
+// Register p of a vector.
+__device__ __forceinline__ uint32_t join(const uint4& signs_and_mantissas, int p, uint32_t exponents) {
+  const uint4& s = signs_and_mantissas;
+  const uint32_t word = p < 4 ? p < 2 ? s.x : s.y : p < 6 ? s.z : s.w;
+  return join(p & 1 ? swap_bytes(word) : word, exponents);
+}
+// What the weight in that half of register p has in its word.
+__device__ __forceinline__ uint32_t sign_and_mantissa(uint32_t weight, int p, int half) {
+  const uint32_t there = weight & 0x807F;
+  return (p & 1 ? swap_bytes(there) : there) << 16 * half;
+}
 
 __device__ __forceinline__ uint32_t repair(uint32_t value, int unit, int slot) {
   return value << 16 | 0x8000u | unit << 11 | slot;

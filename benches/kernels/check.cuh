@@ -40,32 +40,33 @@ DenseMatrix make_dense(const Case& c, Buffer<float>& exact, Buffer<uint16_t>& ro
   if constexpr (M::BLOCKS) {
     dense.blocks = M::make(c.rows, c.cols, c.kind, 11 + c.rows + c.cols);
     exact = Buffer<float>(outputs), rounded = Buffer<uint16_t>(outputs), spread = Buffer<float>(outputs);
-    dequantize<typename M::Layout><<<1056, 256>>>(dense.blocks.get(), exact.get(), rounded.get(), spread.get(), c.rows,
-                                                  c.cols, out_type);
+    dequantize<typename M::Layout>
+        <<<1056, 256>>>(dense.blocks.get(), exact.get(), rounded.get(), spread.get(), c.rows, c.cols, out_type);
     return dense;
   } else {
-  dense.weights = Buffer<uint16_t>(count + 64);
-  if constexpr (!M::SCALED) {
-    make_weights<<<1056, 256>>>(dense.weights.get(), count, dense.stride, c.kind, 17 + c.rows * 31 + c.cols);
-  } else {
-    // Kinds choose what an integer matrix can differ in: spread, values that are none, and which scales it has.
-    const float spread = c.kind == RANDOM_BITS ? 300 : M::SPREAD_CHECK;
-    const int odd = c.kind % 3 == 1 ? 1 : c.kind == ZEROS ? 2 : 0;
-    make_integers<<<1056, 256>>>(dense.weights.get(), count, spread, odd, 7 + c.rows + c.cols);
-    dense.tile_scale_stride = (c.cols + 255) / 256;
-    const size_t tiles = (size_t)dense.tile_scale_stride * ((c.rows + 255) / 256);
-    if (c.kind % 2) {
-      dense.tile_scales = Buffer<float>(tiles);
-      make_scales<<<blocks_for(tiles), 256>>>(dense.tile_scales.get(), tiles, 3);
-    } else if (c.kind % 4 == 0) {
-      dense.row_scales = Buffer<float>(c.rows);
-      make_scales<<<blocks_for(c.rows), 256>>>(dense.row_scales.get(), c.rows, 3);
+    dense.weights = Buffer<uint16_t>(count + 64);
+    if constexpr (!M::SCALED) {
+      make_weights<<<1056, 256>>>(dense.weights.get(), count, dense.stride, c.kind, 17 + c.rows * 31 + c.cols);
+      M::suit(dense.weights.get(), count);
+    } else {
+      // Kinds choose what an integer matrix can differ in: spread, values that are none, and which scales it has.
+      const float spread = c.kind == RANDOM_BITS ? 300 : M::SPREAD_CHECK;
+      const int odd = c.kind % 3 == 1 ? 1 : c.kind == ZEROS ? 2 : 0;
+      make_integers<<<1056, 256>>>(dense.weights.get(), count, spread, odd, 7 + c.rows + c.cols);
+      dense.tile_scale_stride = (c.cols + 255) / 256;
+      const size_t tiles = (size_t)dense.tile_scale_stride * ((c.rows + 255) / 256);
+      if (c.kind % 2) {
+        dense.tile_scales = Buffer<float>(tiles);
+        make_scales<<<blocks_for(tiles), 256>>>(dense.tile_scales.get(), tiles, 3);
+      } else if (c.kind % 4 == 0) {
+        dense.row_scales = Buffer<float>(c.rows);
+        make_scales<<<blocks_for(c.rows), 256>>>(dense.row_scales.get(), c.rows, 3);
+      }
+      exact = Buffer<float>(outputs), rounded = Buffer<uint16_t>(outputs);
+      apply_scales<<<1056, 256>>>(dense.weights.get(), dense.stride, dense.tile_scales.get(), dense.tile_scale_stride,
+                                  dense.row_scales.get(), exact.get(), rounded.get(), c.rows, c.cols, out_type);
     }
-    exact = Buffer<float>(outputs), rounded = Buffer<uint16_t>(outputs);
-    apply_scales<<<1056, 256>>>(dense.weights.get(), dense.stride, dense.tile_scales.get(), dense.tile_scale_stride,
-                                dense.row_scales.get(), exact.get(), rounded.get(), c.rows, c.cols, out_type);
-  }
-  return dense;
+    return dense;
   }
 }
 
@@ -132,8 +133,8 @@ class Checker {
     make_activations<<<blocks_for(x_count), 256>>>(x, x_count, c_.x_type, c_.special_x, 5 + batch, c_.x_scale);
     make_activations<<<blocks_for(c_.rows), 256>>>(bias.get(), c_.rows, y_type, false, 9);
     const void* added = c_.bias ? bias.get() : nullptr;
-    reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), spread_.get(), x, c_.x_type, x_stride, added,
-                                y_type, wanted.get(), magnitudes.get(), c_.rows, c_.cols, batch);
+    reference<<<c_.rows, 128>>>(dense_.weights.get(), dense_.stride, exact_.get(), spread_.get(), x, c_.x_type,
+                                x_stride, added, y_type, wanted.get(), magnitudes.get(), c_.rows, c_.cols, batch);
     for (const bool programmatic : {false, true}) {
       const auto launch_to = [&](void* y) {
         Launch launch = packed_.plan(batch, c_.x_type, programmatic);

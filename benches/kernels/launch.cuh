@@ -6,8 +6,10 @@
 
 #include "../../kernels/repair.cu"
 #include "../../kernels/fixed.cu"
+#include "../../kernels/float8.cu"
 #include "../../kernels/integers.cu"
 #include "../../kernels/pair.cu"
+#include "../../kernels/window.cu"
 #include "data.cuh"
 
 namespace bench {
@@ -88,10 +90,18 @@ inline void Launch::run(cudaStream_t stream, bool programmatic) const {
   CUDA(cudaLaunchKernelExC(&how.config, kernel, arguments));
 }
 
-// Lets the kernels have as much dynamic shared memory as the card has.
+// The dynamic shared memory that a block of the kernel may have.
+inline int shared_room(const Device& device, const void* kernel) {
+  cudaFuncAttributes attributes;
+  CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  return device.shared_limit - (int)attributes.sharedSizeBytes;
+}
+
+// Lets the kernels have as much of it as the card has.
 inline void allow_shared_memory(const Device& device, std::initializer_list<const void*> kernels) {
   for (const void* kernel : kernels)
-    if (kernel) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_limit));
+    if (kernel)
+      CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_room(device, kernel)));
 }
 
 }  // namespace bench

@@ -33,8 +33,9 @@ static const char* const HELP =
     "  kernels time [LAYOUT]              products beside cuBLAS, decoding and packing; nothing else\n"
     "                                     should use the card meanwhile\n"
     "\n"
-    "LAYOUT     fixed, int8, int5, int4, pair, q4_k and so on, int4_g128 (AWQ, GPTQ), or integers for the\n"
-    "           three int, kquants for the formats of GGUF files; all of them if absent\n"
+    "LAYOUT     fixed, window, e4m3, e5m2, int8, int5, int4, pair, q4_k and so on, int4_g128 (AWQ,\n"
+    "           GPTQ), or integers for the three int, kquants for the formats of GGUF files; all of\n"
+    "           them if absent\n"
     "--small    a few small matrices only, for compute-sanitizer\n"
     "--help     this\n"
     "\n"
@@ -58,6 +59,9 @@ static bool each_layout(const char* name, const Use& use) {
     use(matrix);
   };
   offer((Staged<Fixed>*)nullptr, 0);
+  offer((Staged<Window>*)nullptr, 0);
+  offer((Staged<E4M3>*)nullptr, 0);
+  offer((Staged<E5M2>*)nullptr, 0);
   offer((Staged<Int8>*)nullptr, 1);
   offer((Staged<IntN<5>>*)nullptr, 1);
   offer((Staged<IntN<4>>*)nullptr, 1);

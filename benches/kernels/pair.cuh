@@ -15,6 +15,7 @@ class PairMatrix {
  public:
   static constexpr const char* NAME = "pair";
   static constexpr bool BLOCKS = false, F16_WEIGHTS = false;
+  static void suit(uint16_t*, size_t) {}
   static constexpr int MOST_COLUMNS = 16;
   static constexpr bool SCALED = false;
 

@@ -1,6 +1,7 @@
-// Matrices in the layouts of equal stages: `fixed` and the integers. pair.cuh is the same for `pair`.
+// Matrices in the layouts of equal stages: floats and integers. pair.cuh is the same for `pair`.
 #pragma once
 #include <string>
+#include <type_traits>
 
 #include "../../kernels/kquant_few.cuh"
 #include "../../kernels/kquant_single.cuh"
@@ -21,33 +22,53 @@ struct Products {
 template <class L>
 struct Kernels;
 
-template <>
-struct Kernels<Fixed> {
-  static constexpr const char* NAME = "fixed";
-  static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;
-  static Products products() {
-    return {(void*)fixed_product_8,
-            (void*)fixed_product_16,
-            (void*)fixed_product_32,
-            (void*)fixed_product_64,
-            nullptr,
-            nullptr,
-            nullptr,
-            (void*)fixed_teams_8,
-            (void*)fixed_teams_16};
+#define FLOAT_KERNELS(LAYOUT, L)                                                                                 \
+  template <>                                                                                                    \
+  struct Kernels<L> {                                                                                            \
+    static constexpr const char* NAME = #LAYOUT;                                                                 \
+    static constexpr float SPREAD_CHECK = 0, SPREAD_TIME = 0;                                                    \
+    static Products products() {                                                                                 \
+      return {(void*)LAYOUT##_product_8,                                                                         \
+              (void*)LAYOUT##_product_16,                                                                        \
+              (void*)LAYOUT##_product_32,                                                                        \
+              (void*)LAYOUT##_product_64,                                                                        \
+              nullptr,                                                                                           \
+              nullptr,                                                                                           \
+              nullptr,                                                                                           \
+              (void*)LAYOUT##_teams_8,                                                                           \
+              (void*)LAYOUT##_teams_16};                                                                         \
+    }                                                                                                            \
+    static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride,       \
+                     uint4* plan) {                                                                              \
+      LAYOUT##_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);                                  \
+    }                                                                                                            \
+    static void pack(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride,       \
+                     const float*, int, int, const uint4* plan, uint8_t* weights, uint32_t* overflow,            \
+                     uint32_t capacity) {                                                                        \
+      LAYOUT##_pack<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan, weights, overflow, capacity);     \
+    }                                                                                                            \
+    static void decode(const Config& how, const uint8_t* weights, const uint32_t* overflow, const float*,        \
+                       uint16_t* out, Type, int rows, int cols, int stride, int tile0) {                         \
+      CUDA(cudaLaunchKernelEx(&how.config, LAYOUT##_decode, weights, overflow, out, rows, cols, stride, tile0)); \
+    }                                                                                                            \
+  };
+FLOAT_KERNELS(fixed, Fixed)
+FLOAT_KERNELS(window, Window)
+FLOAT_KERNELS(e4m3, E4M3)
+FLOAT_KERNELS(e5m2, E5M2)
+
+// Rounds weights of the size that data.cuh makes, towards zero, to what the layout is for. Some stay what they are.
+template <class L>
+__global__ void round_to_bytes(uint16_t* weights, size_t count) {
+  const size_t step = (size_t)gridDim.x * blockDim.x;
+  for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count; i += step) {
+    const float v = 64 * from_bf16(weights[i]), least = ldexpf(1, (int)(L::POWER / 128) - 253);  // of normal numbers
+    if (!(fabsf(v) < 256)) continue;
+    const uint32_t bits = to_bf16(v);
+    weights[i] = fabsf(v) < least ? to_bf16(truncf(v / least * (128 >> L::UP)) / (128 >> L::UP) * least)
+                                  : (uint16_t)(bits >> L::UP << L::UP);
   }
-  static void plan(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
-    fixed_plan<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan);
-  }
-  static void pack(int grid, cudaStream_t stream, const uint16_t* dense, int rows, int cols, int stride, const float*,
-                   int, int, const uint4* plan, uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
-    fixed_pack<<<grid, 256, 0, stream>>>(dense, rows, cols, stride, plan, weights, overflow, capacity);
-  }
-  static void decode(const Config& how, const uint8_t* weights, const uint32_t* overflow, const float*, uint16_t* out,
-                     Type, int rows, int cols, int stride, int tile0) {
-    CUDA(cudaLaunchKernelEx(&how.config, fixed_decode, weights, overflow, out, rows, cols, stride, tile0));
-  }
-};
+}
 
 #define INTEGER_KERNELS(LAYOUT, L, CHECK, TIME)                                                                        \
   template <>                                                                                                          \
@@ -84,7 +105,8 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
                    const DenseMatrix& dense, int batch, Type x_type, bool programmatic,
                    const uint32_t* overflow = nullptr) {
   constexpr int STAGE = (int)Shape<L>::stage_bytes();
-  const int columns = batch * (x_type + 1), limit = device.shared_limit;  // f16 and f32 take two and three columns
+  const int columns = batch * (x_type + 1),
+            limit = shared_room(device, kernels.to_8);  // f16 and f32 take two and three columns
   const bool hopper = device.warpgroups;
   Launch launch;
   Product& p = launch.product();
@@ -122,7 +144,9 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     // Slots that teams need besides those on their way: Ring in ring.cuh.
     const auto apart = [&](int teams) { return teams == 1 ? 0 : single ? 2 * teams : teams; };
     const auto least = [&](int teams) {
-      return teams > 1 ? std::min(in_flight, ceil_div(32768, STAGE)) + apart(teams) : 3;
+      // Floats with a slab more, and so more slots, are faster than with the fewest of both.
+      constexpr int MORE = L::GROUP == 0 && !L::SCALED;
+      return teams > 1 ? std::min(in_flight, ceil_div(32768, STAGE)) + apart(teams) + MORE : 3;
     };
     const auto shared = [&](int slots, int teams, int slabs) {
       if constexpr (L::GROUP >= 16)
@@ -136,7 +160,7 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
     };
     // Two teams gain where there are many columns, if their slots leave room for those, or few stages.
     const auto gain = [&] {
-      if (columns <= 4) return shape.tiles * shape.stages <= 8 * device.multiprocessors;
+      if (columns <= 4) return std::is_same_v<L, Window> || shape.tiles * shape.stages <= 8 * device.multiprocessors;
       return columns <= 8 ? fewest(1) > 1 || fewest(2) == 1 : fewest(2) <= fewest(1);
     };
     const bool choose = hopper && kernels.teams_8 && gain();
@@ -174,6 +198,11 @@ class Staged {
   static void prepare(const Device& device) {
     const Products p = Kernels<L>::products();
     allow_shared_memory(device, {p.to_8, p.to_16, p.to_32, p.to_64, p.teams_8, p.teams_16});
+  }
+
+  // Makes weights what the layout is for.
+  static void suit(uint16_t* weights, size_t count) {
+    if constexpr (std::is_same_v<L, E4M3> || std::is_same_v<L, E5M2>) round_to_bytes<L><<<1056, 256>>>(weights, count);
   }
 
   // Packs `block_rows` rows at a time, as a loader does that never holds the whole matrix dense.

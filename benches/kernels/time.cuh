@@ -64,8 +64,8 @@ template <class L>
 void time_conversions(const KQuantMatrix<L>& packed, const DenseMatrix& dense, const Rotation&, const Rotation& copies,
                       uint16_t* out) {
   const double weights = (double)dense.rows * dense.cols;
-  const double repack = time_launches(
-      8, [&](int, cudaStream_t stream) { packed.repack(dense.blocks.get(), 0, dense.rows, stream); }, 3);
+  const double repack =
+      time_launches(8, [&](int, cudaStream_t stream) { packed.repack(dense.blocks.get(), 0, dense.rows, stream); }, 3);
   const double decode = time_launches(
       24,
       [&](int i, cudaStream_t stream) {
@@ -189,6 +189,7 @@ void time_layout(const Device& device, const Cublas& cublas) {
         kinds = PAIR ? std::vector<Kind>{NORMAL, STUDENT_T, ROW_COL} : std::vector<Kind>{ROW_COL, STUDENT_T};
       for (const Kind kind : kinds) {
         make_weights<<<1056, 256>>>(dense.weights.get(), count, cols, kind, 1);
+        M::suit(dense.weights.get(), count);
         time_matrix<M>(device, cublas, dense, name_of(kind), x.get(), y.get());
       }
     }

@@ -64,6 +64,9 @@ pub(super) fn auto(stream: &DeviceStream, plan: &Plan, scales: &Scales) -> Resul
     if plan.kind == Kind::Rate || plan.kind == Kind::Int8 {
         return Ok(Choice::new(GpuLayout::Integers, "small integers are multiplied as they are"));
     }
+    if plan.kind == Kind::F8E4M3 || plan.kind == Kind::F8E5M2 {
+        return Ok(Choice::new(GpuLayout::Fp8, "8-bit floats are multiplied as they are"));
+    }
     if !plan.exact_in_bf16() {
         return Ok(Choice::new(GpuLayout::Dense, format!("no fused kernel takes {} weights", plan.kind.name())));
     }

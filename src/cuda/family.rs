@@ -19,6 +19,12 @@ pub(super) const UNIT_COLS: usize = 128;
 pub(super) enum Family {
     /// BF16 weights, 12 bits each: `kernels/fixed.cuh`.
     Fixed,
+    /// BF16 weights, 11.5 bits each: `kernels/window.cuh`.
+    Window,
+    /// F8_E4M3 weights as they are: `kernels/float8.cuh`.
+    E4m3,
+    /// The same of F8_E5M2.
+    E5m2,
     /// Integers from −128 to 127 with scales: `kernels/integers.cuh`.
     Int8,
     /// Integers from −16 to 15 with scales.
@@ -31,7 +37,8 @@ pub(super) enum Family {
 
 impl Family {
     /// Those that are made from decoded rows.
-    pub const FROM_ROWS: [Family; 4] = [Family::Fixed, Family::Int8, Family::Int5, Family::Int4];
+    pub const FROM_ROWS: [Family; 7] =
+        [Family::Fixed, Family::Window, Family::E4m3, Family::E5m2, Family::Int8, Family::Int5, Family::Int4];
 
     /// The block formats that have kernels; others are dequantised.
     pub const BLOCKS: [GgmlType; 11] = [
@@ -52,6 +59,9 @@ impl Family {
     pub fn prefix(self) -> String {
         match self {
             Family::Fixed => "fixed".into(),
+            Family::Window => "window".into(),
+            Family::E4m3 => "e4m3".into(),
+            Family::E5m2 => "e5m2".into(),
             Family::Int8 => "int8".into(),
             Family::Int5 => "int5".into(),
             Family::Int4 => "int4".into(),
@@ -63,6 +73,8 @@ impl Family {
     pub fn bytes(self) -> (usize, usize) {
         match self {
             Family::Fixed => (3072, 96),
+            Family::Window => (2816, 1024),
+            Family::E4m3 | Family::E5m2 => (2048, 128),
             Family::Int8 => (2048, 128),
             Family::Int5 => (1280, 128),
             Family::Int4 => (1024, 128),
@@ -83,9 +95,14 @@ impl Family {
         }
     }
 
+    /// Whether its weights are floats without scales: `kernels/floats.cuh`.
+    pub fn floats(self) -> bool {
+        matches!(self, Family::Fixed | Family::Window | Family::E4m3 | Family::E5m2)
+    }
+
     /// Whether its weights have scales, and decode to more than one dtype.
     pub fn scaled(self) -> bool {
-        self != Family::Fixed
+        !self.floats()
     }
 
     /// The most rows of activations that its weights are multiplied with as bytes (`kernels/byte_product.cuh`); 0 if they
@@ -153,8 +170,8 @@ pub(super) struct PackedKernels {
     pub decode: CudaFunction,
     pub ids: CudaFunction,
     /// For up to 8, 16, 32 and 64 columns of activations, with the shared memory that each may ask for. Block formats also
-    /// have one for a single row of BF16 or F16, and two for compute capability 9.0 and up to 8 and 16 rows of these; `fixed`
-    /// has two for compute capability 9.0 and up to 8 and 16 columns with more warps.
+    /// have one for a single row of BF16 or F16, and two for compute capability 9.0 and up to 8 and 16 rows of these; floats
+    /// have two for compute capability 9.0 and up to 8 and 16 columns with more warps.
     pub products: Vec<(CudaFunction, usize)>,
     /// For some rows of activations, on compute capability 9.0: `super::stream`.
     pub stream: Vec<(CudaFunction, usize)>,
@@ -204,9 +221,9 @@ impl PackedKernels {
                 products.push(function(module, &format!("{prefix}_few_{rows}"), shared)?);
             }
         }
-        if family == Family::Fixed && hopper {
-            for name in ["fixed_teams_8", "fixed_teams_16"] {
-                products.push(function(module, name, shared)?);
+        if family.floats() && hopper {
+            for columns in [8, 16] {
+                products.push(function(module, &format!("{prefix}_teams_{columns}"), shared)?);
             }
         }
         let stream = warpgroups.map_or(Ok(vec![]), |modules| stream::load(&modules.stream, family, shared))?;

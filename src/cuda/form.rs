@@ -18,6 +18,7 @@ pub(super) enum Form {
 
 impl Form {
     pub const FIXED: Form = Form::Packed(Family::Fixed);
+    const WINDOW: Form = Form::Packed(Family::Window);
 
     /// What to try for a layout, the best first. `Auto` is what is left if that which was chosen does not suit the weights.
     pub fn of(layout: GpuLayout, plan: &Plan) -> &'static [Form] {
@@ -25,6 +26,11 @@ impl Form {
         const INT8: Form = Form::Packed(Family::Int8);
         match (layout, plan.kind) {
             (GpuLayout::Fixed, _) if plan.exact_in_bf16() => &[FIXED],
+            (GpuLayout::Window, _) if plan.exact_in_bf16() => &[Form::WINDOW],
+            (GpuLayout::Fp8, Kind::F8E4M3) => &[Form::Packed(Family::E4m3)],
+            (GpuLayout::Fp8, Kind::F8E5M2) => &[Form::Packed(Family::E5m2)],
+            (GpuLayout::Auto, Kind::F8E4M3) => &[Form::Packed(Family::E4m3), FIXED],
+            (GpuLayout::Auto, Kind::F8E5M2) => &[Form::Packed(Family::E5m2), FIXED],
             (GpuLayout::Pair, _) if plan.exact_in_bf16() => &[Form::Pair],
             (GpuLayout::Integers | GpuLayout::Auto, Kind::Rate) => {
                 &[Form::Packed(Family::Int4), Form::Packed(Family::Int5), INT8]

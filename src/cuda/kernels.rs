@@ -113,11 +113,17 @@ impl Kernels {
         // A GPU that there is no machine code for runs what its driver compiled of the PTX for 8.0, without what came later.
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
         let capability = capability.min((ptx / 10, ptx % 10));
-        let (fixed, integers) = (module(image::FIXED)?, module(image::INTEGERS)?);
+        let (fixed, window) = (module(image::FIXED)?, module(image::WINDOW)?);
+        let (float8, integers) = (module(image::FLOAT8)?, module(image::INTEGERS)?);
         let warpgroups = capability == (9, 0);
         let besides = warpgroups.then(|| Warpgroups::load(&context, image::STREAM, image::PREFILL)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
-            let module = if family == Family::Fixed { &fixed } else { &integers };
+            let module = match family {
+                Family::Fixed => &fixed,
+                Family::Window => &window,
+                Family::E4m3 | Family::E5m2 => &float8,
+                _ => &integers,
+            };
             Ok((family, PackedKernels::load(family, module, besides.as_ref(), shared)?))
         });
         let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));

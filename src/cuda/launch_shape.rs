@@ -130,15 +130,18 @@ impl LaunchShape {
             _ => teams,
         };
         let few = in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
-        let least = |teams: usize| if teams > 1 { few + apart(teams) } else { 3 };
+        // Floats with a slab more, and so more slots, are faster than with the fewest of both.
+        let more = usize::from(family.floats());
+        let least = |teams: usize| if teams > 1 { few + apart(teams) + more } else { 3 };
         let fewest = |teams: usize| (1..=stages).find(|&slabs| least(teams) * slot + besides(teams, slabs) <= room);
         let (one, two) = (fewest(1), fewest(2));
-        // Two teams of `fixed` gain where there are many columns, if their slots leave room for those, or few stages.
-        let gain = family == Family::Fixed
+        // Two teams of floats gain where there are many columns, if their slots leave room for those, or few stages. Those of
+        // `window`, whose warps have more to do with a unit, gain with few columns too.
+        let gain = family.floats()
             && hopper
             && two.is_some()
             && match columns {
-                ..=4 => tiles * stages <= 8 * processors,
+                ..=4 => family == Family::Window || tiles * stages <= 8 * processors,
                 5..=8 => one > Some(1) || two == Some(1),
                 _ => two <= one,
             };
@@ -290,7 +293,7 @@ impl LaunchShape {
 /// Bytes of a stage in the ring: `slot_bytes` of `kernels/ring.cuh`.
 fn slot(family: Family, kernels: &Kernels) -> usize {
     let (unit, trailer) = family.bytes();
-    let trailers = if family.blocks() && kernels.warpgroups { 1 } else { Family::UNITS };
+    let trailers = if kernels.warpgroups { 1 } else { Family::UNITS };
     (Family::UNITS * unit + trailers * trailer).next_multiple_of(128)
 }
 
@@ -303,7 +306,7 @@ fn enough(slabs: usize, tiles: usize, stages: usize, processors: usize) -> usize
 const SINGLE: usize = 4;
 /// And the first of those for up to 8 and 16 rows.
 const FEW: usize = 5;
-/// From the products for 8 and 16 columns of `fixed` to those with two teams.
+/// From the products for 8 and 16 columns of floats to those with two teams.
 const TEAMS: usize = 4;
 
 /// Whether a layout's kernel of that number takes several matrices with the same activations.
@@ -311,7 +314,7 @@ pub(super) fn takes_several(kernel: usize, family: Family) -> bool {
     match kernel {
         0 => true,
         SINGLE | FEW if family.blocks() => true,
-        TEAMS => family == Family::Fixed,
+        TEAMS => family.floats(),
         _ => false,
     }
 }

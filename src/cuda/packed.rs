@@ -132,7 +132,12 @@ impl Fused for Packed {
     }
 
     fn layout(&self) -> GpuLayout {
-        if self.family.scaled() { GpuLayout::Integers } else { GpuLayout::Fixed }
+        match self.family {
+            Family::Fixed => GpuLayout::Fixed,
+            Family::Window => GpuLayout::Window,
+            Family::E4m3 | Family::E5m2 => GpuLayout::Fp8,
+            _ => GpuLayout::Integers,
+        }
     }
 
     fn stored_bytes(&self) -> usize {
@@ -185,7 +190,7 @@ impl Fused for Packed {
     fn ids_dtype(&self, dtype: Dtype) -> Dtype {
         match self.family {
             Family::Blocks(_) => dtype,
-            Family::Fixed => Dtype::Bf16,
+            family if family.floats() => Dtype::Bf16,
             _ => Dtype::F32,
         }
     }

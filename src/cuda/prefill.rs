@@ -26,12 +26,11 @@ pub(super) const ROWS: usize = 128;
 const MOST_ROWS: usize = 1024;
 
 /// One for each kernel of a layout.
-const WIDTHS: [Width; 3] = [width(128, 0.97, [5.0, 3.5]), width(192, 1.12, [6.0, 4.0]), width(256, 1.35, [10.0, 4.5])];
-
-/// `meeting`: of any pieces, and of even ones.
-const fn width(columns: usize, unit: f64, meeting: [f64; 2]) -> Width {
-    Width { columns, rows: ROWS, unit, meeting: meeting[0], evenly: Some(meeting[1]) }
-}
+const WIDTHS: [Width; 3] = [
+    Width::of(128, ROWS, 0.97, [5.0, 3.5]),
+    Width::of(192, ROWS, 1.12, [6.0, 4.0]),
+    Width::of(256, ROWS, 1.35, [10.0, 4.5]),
+];
 
 /// The argument: the struct of this name in `kernels/prefill_parts.cuh`.
 #[repr(C)]

@@ -20,6 +20,13 @@ pub(super) struct Width {
     pub evenly: Option<f64>,
 }
 
+impl Width {
+    /// Of kernels that gain by even pieces. `meeting`: of any pieces, and of even ones.
+    pub const fn of(columns: usize, rows: usize, unit: f64, [meeting, evenly]: [f64; 2]) -> Width {
+        Width { columns, rows, unit, meeting, evenly: Some(evenly) }
+    }
+}
+
 /// Pieces that a block is cut into evenly at most.
 const PIECES: usize = 8;
 

@@ -21,16 +21,11 @@ use crate::{Error, Result};
 pub(super) const MOST_ROWS: usize = 64;
 
 /// One for each kernel of `fixed`.
-const FIXED: [Width; 2] = [width(32, 256, 1.44, [7.0, 4.5]), width(64, 256, 1.65, [9.0, 6.0])];
+const FIXED: [Width; 2] = [Width::of(32, 256, 1.44, [7.0, 4.5]), Width::of(64, 256, 1.65, [9.0, 6.0])];
 /// Of block formats.
-const BLOCKS: [Width; 2] = [width(32, 256, 1.41, [6.0, 4.5]), width(64, 256, 1.61, [8.5, 5.5])];
+const BLOCKS: [Width; 2] = [Width::of(32, 256, 1.41, [6.0, 4.5]), Width::of(64, 256, 1.61, [8.5, 5.5])];
 /// Of 4-bit integers in groups of 128.
-const INTEGERS: [Width; 2] = [width(32, 256, 0.9, [5.5, 4.3]), width(64, 192, 0.97, [8.0, 5.3])];
-
-/// `meeting`: of any pieces, and of even ones.
-const fn width(columns: usize, rows: usize, unit: f64, meeting: [f64; 2]) -> Width {
-    Width { columns, rows, unit, meeting: meeting[0], evenly: Some(meeting[1]) }
-}
+const INTEGERS: [Width; 2] = [Width::of(32, 256, 0.9, [5.5, 4.3]), Width::of(64, 192, 0.97, [8.0, 5.3])];
 
 /// The widths of a layout's kernels, and for how many rows of activations they are the fastest.
 pub(super) fn widths(family: Family) -> Option<(&'static [Width], RangeInclusive<usize>)> {

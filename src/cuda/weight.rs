@@ -73,7 +73,7 @@ impl CudaWeight {
         let forms = Form::of(choice.layout, plan);
         // What was chosen for the shape may not suit these weights: then what is left.
         let rest: &[Form] = match (layout, choice.layout) {
-            (GpuLayout::Auto, GpuLayout::Pair | GpuLayout::Integers) => Form::of(layout, plan),
+            (GpuLayout::Auto, GpuLayout::Pair | GpuLayout::Fp8 | GpuLayout::Integers) => Form::of(layout, plan),
             _ => &[],
         };
         for (tried, form) in forms.iter().chain(rest).enumerate() {
@@ -82,13 +82,17 @@ impl CudaWeight {
                 return Ok(CudaWeight { kept: Kept::Fused(fused), dtype, why });
             }
         }
-        if matches!(layout, GpuLayout::Fixed | GpuLayout::Pair | GpuLayout::Integers) {
+        if matches!(
+            layout,
+            GpuLayout::Fixed | GpuLayout::Window | GpuLayout::Pair | GpuLayout::Fp8 | GpuLayout::Integers
+        ) {
             let why = match (forms.is_empty(), layout) {
                 (false, GpuLayout::Pair) => {
                     "its exponents are too many for a code of eight bits, or its stages too long for this GPU's shared memory"
                 }
                 (false, _) => "too many weights lie outside of what it can express",
                 (_, GpuLayout::Integers) => "its weights are no small integers",
+                (_, GpuLayout::Fp8) => "its weights are no 8-bit floats",
                 _ => "its weights are no BF16 numbers",
             };
             let (kind, layout) = (plan.kind.name(), layout.name());

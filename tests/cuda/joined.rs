@@ -36,6 +36,7 @@ fn joined_products_are_those_of_each_matrix() {
     for (rows, cols) in ROWS.into_iter().zip([2048, 700, 300, 4096]) {
         for (codec, layout) in [
             (Codec::Lossless, GpuLayout::Fixed),
+            (Codec::Lossless, GpuLayout::Window),
             (Codec::Lossless, GpuLayout::Pair),
             (Codec::Int8, GpuLayout::Auto),
             (Codec::Rate { bits: 3.5 }, GpuLayout::Auto),

@@ -15,6 +15,7 @@ fn layers_decoded_at_once_equal_those_decoded_alone() {
     let int8 = Options { codec: Codec::Int8, ..Options::default() };
     let cases = [
         (Dtype::Bf16, Options::default(), GpuLayout::Fixed),
+        (Dtype::Bf16, Options::default(), GpuLayout::Window),
         (Dtype::Bf16, Options::default(), GpuLayout::Pair),
         (Dtype::Bf16, Options::default(), GpuLayout::Rans),
         (Dtype::Bf16, int8.clone(), GpuLayout::Integers),

@@ -49,8 +49,9 @@ fn greedy_text_equals_the_cpus() {
         for codec in [Codec::Lossless, Codec::Int8] {
             let options = Options { codec, activations: Activations::Exact, ..Options::default() };
             let expected = on(&Device::Cpu, GpuLayout::Auto, DType::F32, &options);
-            for layout in [GpuLayout::Auto, GpuLayout::Pair, GpuLayout::Rans, GpuLayout::Dense] {
-                if matches!(layout, GpuLayout::Dense | GpuLayout::Pair) && codec != Codec::Lossless {
+            for layout in [GpuLayout::Auto, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans, GpuLayout::Dense] {
+                if matches!(layout, GpuLayout::Dense | GpuLayout::Window | GpuLayout::Pair) && codec != Codec::Lossless
+                {
                     continue; // plain weights are rounded to the tensor's dtype, quantised ones are not
                 }
                 let text = on(&device, layout, DType::F32, &options);

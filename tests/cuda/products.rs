@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_taper::codec::quant;
 use candle_taper::format::TileStream;
 use candle_taper::matrix::{GpuLayout, Weight};
-use candle_taper::nn::CompressedLinear;
+use candle_taper::nn::{CompressedEmbedding, CompressedLinear};
 use candle_taper::{Codec, CompressedMatrix, Dtype, Kind, Options, Predictor, ScaleLayout, compress};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -14,7 +14,10 @@ use crate::common::patch::{Patch, record};
 use crate::common::{Shape, weights};
 use crate::gpu;
 
-pub const LAYOUTS: [GpuLayout; 4] = [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans, GpuLayout::Dense];
+pub const LAYOUTS: [GpuLayout; 5] =
+    [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans, GpuLayout::Dense];
+/// Those that not every matrix of BF16 numbers can have.
+pub const PARTICULAR: [GpuLayout; 3] = [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair];
 
 /// A compressed matrix and its weights' values, as products take them: quantised ones are not rounded to BF16.
 pub struct Matrix {
@@ -98,7 +101,10 @@ pub fn check(device: &Device, layer: &CompressedLinear, w: &Matrix, x: &[f32], m
     };
     let first = run();
     let parts = [DType::BF16, DType::F16, DType::F32].iter().position(|&d| d == dtype).unwrap() + 1;
-    let packed = matches!(layer.in_use().unwrap().0, GpuLayout::Fixed | GpuLayout::Integers);
+    let packed = matches!(
+        layer.in_use().unwrap().0,
+        GpuLayout::Fixed | GpuLayout::Window | GpuLayout::Fp8 | GpuLayout::Integers
+    );
     let columns = m * parts;
     // Hopper multiplies up to a thousand BF16 rows without cuBLAS.
     let many =
@@ -255,6 +261,40 @@ fn products_of_every_kind_are_right() {
 }
 
 /// Products from streams at rest, whose tiles have every predictor: any differences are weights to it.
+/// All 8-bit floats, a few that are not finite among them.
+#[test]
+fn eight_bit_floats_are_multiplied_as_they_are() {
+    let Some(device) = gpu() else { return };
+    let (rows, cols) = (150, 1100);
+    for (dtype, infinity) in [(Dtype::F8E4M3, 0x7f), (Dtype::F8E5M2, 0x7c)] {
+        let byte = |i: usize| if i as u8 & 0x7f < infinity || i % 8192 < 256 { i as u8 } else { 0x80 };
+        let data: Vec<u8> = (0..rows * cols).map(byte).collect();
+        let mut values = vec![0.0; rows * cols];
+        quant::to_f32s(dtype, &data, &mut values);
+        let weight = Weight::new(compress(&data, dtype, rows, cols, &Options::default()).unwrap()).unwrap();
+        let ids = Tensor::arange(0u32, rows as u32, &Device::Cpu).unwrap();
+        let table = CompressedEmbedding::on(weight.clone(), DType::F32, &device, GpuLayout::Fp8).unwrap();
+        let decoded = table.forward(&ids.to_device(&device).unwrap()).unwrap().flatten_all().unwrap();
+        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        assert!(decoded.to_vec1::<f32>().unwrap().iter().zip(&values).all(same), "{dtype:?}");
+        let w = Matrix { weight, values, rows, cols };
+        for layout in [GpuLayout::Auto, GpuLayout::Fp8] {
+            let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
+            let (in_use, bytes) = layer.in_use().unwrap();
+            assert!(in_use == GpuLayout::Fp8 && bytes < rows * cols * 5 / 4, "{in_use:?}: {bytes}");
+            // Of 70 rows each takes one column, as cuBLAS may round sums of parts, which are large here.
+            let one = |m: usize| (0..m * cols).map(|i| f32::from(i % cols == i / cols * 15)).collect();
+            for m in [1, 7, 16, 24, 40, 70] {
+                for x in [DType::BF16, DType::F16, DType::F32] {
+                    let what = format!("{dtype:?} {layout:?} m={m} {x:?}");
+                    let activations = if m < 70 { activations(m, cols, 5) } else { one(m) };
+                    check(&device, &layer, &w, &activations, m, x, &what);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn products_of_every_predictor_are_right() {
     let Some(device) = gpu() else { return };
@@ -288,7 +328,7 @@ fn infinities_and_nans_come_out_as_in_the_exact_product() {
             let layer = match CompressedLinear::on(w.weight.clone(), None, &device, layout) {
                 Ok(layer) => layer,
                 // Every bit pattern alike does not suit windows of exponents.
-                Err(error) if matches!(layout, GpuLayout::Fixed | GpuLayout::Pair) && shape != Shape::Gaussian => {
+                Err(error) if PARTICULAR.contains(&layout) && shape != Shape::Gaussian => {
                     assert!(error.to_string().contains("too many"), "{error}");
                     continue;
                 }
@@ -321,8 +361,8 @@ fn large_matrices_go_through_the_workspace_in_blocks() {
     let Some(device) = gpu() else { return };
     // 192 MB as F32: two blocks.
     let w = matrix(Shape::Scaled, Dtype::Bf16, 12_000, 4096, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
-        let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
+    for layout in &LAYOUTS[..4] {
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, *layout).unwrap();
         for (m, dtype) in [(3, DType::F32), (80, DType::F32), (80, DType::BF16)] {
             check(&device, &layer, &w, &activations(m, 4096, 3), m, dtype, &format!("{layout:?} {m} {dtype:?}"));
         }

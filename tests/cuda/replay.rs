@@ -79,6 +79,7 @@ fn replays_of_compressed_models_equal_launches() {
     for dtype in [DType::BF16, DType::F16, DType::F32] {
         for (layout, codec) in [
             (GpuLayout::Fixed, Codec::Lossless),
+            (GpuLayout::Window, Codec::Lossless),
             (GpuLayout::Pair, Codec::Lossless),
             (GpuLayout::Rans, Codec::Lossless),
             (GpuLayout::Dense, Codec::Lossless),

@@ -20,6 +20,10 @@ const ROWS: [usize; 5] = [1, 7, 16, 24, 40];
 /// are not.
 const MANY: usize = 70;
 
+/// All layouts but the plain one.
+const FUSED: [GpuLayout; 6] =
+    [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Fp8, GpuLayout::Integers, GpuLayout::Rans];
+
 #[test]
 fn products() {
     let Some(device) = gpu() else { return };
@@ -30,14 +34,17 @@ fn products() {
         (Dtype::Bf16, Shape::StudentT, 40, 520, Options::default()),
         (Dtype::Bf16, Shape::Scaled, 72, 512, Options::default()),
         (Dtype::Bf16, Shape::StudentT, 128, 256, Options::default()),
+        (Dtype::F8E4M3, Shape::Gaussian, 40, 520, Options::default()),
+        (Dtype::F8E5M2, Shape::Gaussian, 40, 520, Options::default()),
         (Dtype::F32, Shape::Gaussian, 20, 200, Options::default()),
         (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Row))),
         (Dtype::Bf16, Shape::Scaled, 40, 520, quantised(Codec::Int8, Some(ScaleLayout::Tile))),
         (Dtype::Bf16, Shape::Smooth, 40, 520, quantised(Codec::Rate { bits: 4.0 }, None)),
     ];
+    let teams = [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Fp8];
     for (dtype, shape, rows, cols, options) in cases {
         let w = matrix(shape, dtype, rows, cols, &options);
-        for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Integers, GpuLayout::Rans] {
+        for layout in FUSED {
             let Ok(layer) = CompressedLinear::on(w.weight.clone(), None, &device, layout) else { continue };
             // Of rows at rest more are decoded for cuBLAS.
             for &m in if layout == GpuLayout::Rans { &ROWS[..1] } else { &ROWS[..] } {
@@ -45,7 +52,7 @@ fn products() {
                 check(&device, &layer, &w, &activations(m, cols, 1), m, DType::BF16, &what);
             }
             // Three columns of activations a row: kernels that BF16 has others for.
-            let few: &[usize] = if layout == GpuLayout::Fixed { &[2, 8, 12] } else { &[2] };
+            let few: &[usize] = if teams.contains(&layout) { &[2, 8, 12] } else { &[2] };
             for &m in few {
                 let what = format!("{dtype:?} {layout:?} m={m} F32");
                 check(&device, &layer, &w, &activations(m, cols, 1), m, DType::F32, &what);
@@ -204,7 +211,7 @@ fn generations() {
 fn graphs() {
     let Some(device) = whole_gpu() else { return };
     let w = matrix(Shape::Scaled, Dtype::Bf16, 256, 256, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let [x, other] = [1, 2].map(|seed| {
             let x = Tensor::from_vec(activations(2, 256, seed), (2, 256), &device).unwrap();

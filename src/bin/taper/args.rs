@@ -154,7 +154,7 @@ pub struct InspectArgs {
     #[arg(long, value_name = "DEVICE", conflicts_with_all = ["html", "exact"])]
     pub device: Option<DeviceName>,
     /// What the GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
-    /// pair, integers, rans or dense
+    /// window, pair, fp8, integers, rans or dense
     #[cfg(feature = "candle")]
     #[arg(long, value_name = "LAYOUT", default_value = "auto", requires = "device", value_parser = crate::device::layout)]
     pub layout: GpuLayout,
@@ -252,7 +252,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceName>,
     /// What a GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
-    /// pair, integers, rans or dense
+    /// window, pair, fp8, integers, rans or dense
     #[arg(long, value_name = "LAYOUT", default_value = "auto", value_parser = crate::device::layout)]
     pub layout: GpuLayout,
     /// Compute all positions again for each token

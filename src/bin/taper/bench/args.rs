@@ -52,7 +52,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceName,
     /// What a GPU keeps matrices as: auto (the fastest, timed for each shape; TAPER_MEASURE=0: by rule), smallest, fixed,
-    /// pair, integers, rans, dense; each coding in each layout
+    /// window, pair, fp8, integers, rans, dense; each coding in each layout
     #[arg(long, value_name = "LAYOUT", value_delimiter = ',', default_value = "auto", value_parser = crate::device::layout)]
     pub layout: Vec<GpuLayout>,
     /// On a GPU, let no kernel start before the one that it follows has ended; layers are timed both ways without it
