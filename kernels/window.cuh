@@ -10,10 +10,11 @@
 //
 // The exponent is the lowest of the row's window + code + 8 (f - 1). Windows are the 8 neighbouring exponents that most of
 // a row's weights in the stage have: those have f = 1. A Gaussian has 1.1 to 1.5% outside, rows and columns of different
-// scales 1.6 to 1.8%, Student's t with 5 degrees of freedom 1.9 to 2.2%. They have an entry: f = 0 for the eight exponents below, 2 and 3
-// for the sixteen above. Others, and what a list has no room for, are repaired (unit.cuh): 0.005% of a Gaussian.
+// scales 1.6 to 1.8%, Student's t with 5 degrees of freedom 1.9 to 2.2%. They have an entry: f = 0 for the eight exponents
+// below, 2 and 3 for the sixteen above. Others, and what a list has no room for, are repaired (unit.cuh): 0.005% of a
+// Gaussian.
 //
-// Before a warp decodes a unit, its entries turn bits in a word for each of the lane's vectors, which has f of 16 weights: 512
+// Before a warp decodes a unit, its entries turn bits in a word for each of a lane's vectors, which has f of 16 weights: 512
 // bytes of shared memory that all lanes write to and read back. (A branch for each entry costs more, as nearly every unit
 // has some; so does adding entries to decoded registers in shared memory, 4096 bytes.)
 //
