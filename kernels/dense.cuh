@@ -49,6 +49,19 @@ struct Dense {
   }
 };
 
+// The lowest of the CODES neighbouring exponents that most of a histogram's 256 have; the first of several. All lanes of a
+// warp.
+template <int CODES>
+__device__ __forceinline__ int best_window(const uint32_t* histogram, int lane) {
+  uint32_t best = 0;
+  for (int base = lane; base <= 256 - CODES; base += 32) {
+    uint32_t inside = 0;
+    for (int e = 0; e < CODES; e++) inside += histogram[base + e];
+    best = max(best, inside << 8 | (255 - base));
+  }
+  return 255 - (__reduce_max_sync(~0u, best) & 255);
+}
+
 // The sum of what the lanes of a warp before this one have.
 __device__ __forceinline__ uint32_t before_lane(uint32_t mine, int lane) {
   uint32_t upto = mine;

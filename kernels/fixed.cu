@@ -5,19 +5,6 @@
 
 using namespace taper;
 
-// The window of 16 exponents that holds most of the unit's weights; the lowest of several.
-__device__ __forceinline__ int best_window(const uint32_t* histogram, int lane) {
-  uint32_t best = 0;
-  for (int i = 0; i < 8; i++) {
-    const int base = lane * 8 + i;
-    if (base > 240) break;
-    uint32_t inside = 0;
-    for (int e = 0; e < 16; e++) inside += histogram[base + e];
-    best = max(best, inside << 8 | (255 - base));
-  }
-  return 255 - (__reduce_max_sync(~0u, best) & 255);
-}
-
 // Pass 1, block per stage: windows and number of repairs, 16 bytes a stage: {repairs, 0, 8 windows}.
 extern "C" __global__ void __launch_bounds__(256)
     fixed_plan(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
@@ -37,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256)
         if (v.inside(i)) atomicAdd(histogram + (v.weight(i) >> 7 & 255), 1u);
     }
     __syncwarp();
-    const int base = best_window(histogram, lane);
+    const int base = best_window<16>(histogram, lane);
     uint32_t outside = 0;
     for (int e = lane; e < 256; e += 32)
       if (e < base || e > base + 15) outside += histogram[e];

@@ -107,16 +107,12 @@ extern "C" __global__ void __launch_bounds__(1024)
     const uint32_t mine = i < n ? sizes[i] : 0;
     most = max(most, mine);
     if (i < n) besides = max(besides, mine - shape.units_of(i % shape.stages) * (Pair::UNIT_BYTES / 16));
-    uint32_t upto = mine;
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t up = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += up;
-    }
-    if (lane == 31) sums[warp] = upto;
+    const uint32_t in_warp = before_lane(mine, lane);
+    if (lane == 31) sums[warp] = in_warp + mine;
     __syncthreads();
     uint32_t before = base, all = 0;
     for (int w = 0; w < 32; w++) before += w < warp ? sums[w] : 0, all += sums[w];
-    if (i < n) offsets[i] = before + upto - mine;
+    if (i < n) offsets[i] = before + in_warp;
     base += all;
     __syncthreads();
   }
@@ -184,12 +180,7 @@ extern "C" __global__ void __launch_bounds__(256)
     int* const sixteen = places + 16 * lane;
     int sum = 0;
     for (int i = 0; i < 16; i++) sum += sixteen[i];
-    int before = sum;
-    for (int s = 1; s < 32; s *= 2) {
-      const int up = __shfl_up_sync(~0u, before, s);
-      if (lane >= s) before += up;
-    }
-    before -= sum;
+    int before = (int)before_lane(sum, lane);
     for (int i = 0; i < 16; i++) {
       const int here = sixteen[i];
       sixteen[i] = before, before += here;

@@ -1,5 +1,5 @@
 // Pass 2 of every packing: gives each stage whose repairs exceed its trailer a place in the overflow list.
-#include "unit.cuh"
+#include "dense.cuh"
 
 using namespace taper;
 
@@ -15,16 +15,12 @@ extern "C" __global__ void __launch_bounds__(1024) repair_scan(uint4* plan, int 
     const int i = first + tid;
     const uint32_t n = i < stages ? plan[i].x : 0, listed = n > ENTRIES ? n : 0;
     repairs += n, overflowing += listed != 0, worst = max(worst, n);
-    uint32_t upto = listed;
-    for (int d = 1; d < 32; d *= 2) {
-      const uint32_t up = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += up;
-    }
-    if (lane == 31) sums[warp] = upto;
+    const uint32_t in_warp = before_lane(listed, lane);
+    if (lane == 31) sums[warp] = in_warp + listed;
     __syncthreads();
     uint32_t before = used, all = 0;
     for (int w = 0; w < 32; w++) before += w < warp ? sums[w] : 0, all += sums[w];
-    if (i < stages) plan[i].x = listed, plan[i].y = before + upto - listed;
+    if (i < stages) plan[i].x = listed, plan[i].y = before + in_warp;
     used += all;
     __syncthreads();
   }

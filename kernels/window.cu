@@ -36,14 +36,8 @@ struct StageWindows {
     }
     __syncthreads();
     for (int r = warp; r < TILE_ROWS; r += 8) {
-      uint32_t best = 0;  // the lowest of several
-      for (int base = lane; base <= 256 - Window::CODES; base += 32) {
-        uint32_t inside = 0;
-        for (int e = 0; e < Window::CODES; e++) inside += histograms[r][base + e];
-        best = max(best, inside << 8 | (255 - base));
-      }
-      best = __reduce_max_sync(~0u, best);
-      if (lane == 0) lowest[r] = 255 - (best & 255);
+      const int base = best_window<Window::CODES>(histograms[r], lane);
+      if (lane == 0) lowest[r] = base;
     }
     __syncthreads();
   }
