@@ -98,4 +98,44 @@ struct RepairList {
   }
 };
 
+// Puts a lane's weights of unit `warp` that are not expressed(weight) into the list, from place `at` on.
+template <class Expressed>
+__device__ __forceinline__ void put_repairs(const RepairList& list, uint32_t at, const Dense& unit, int warp, int lane,
+                                            Expressed expressed) {
+  for (int j = 0; j < 4; j++) {
+    const Dense::Vector v = unit.load(j);
+    for (int i = 0; i < 16; i++) {
+      const int h = i >> 3, kk = i & 7;
+      if (v.inside(i) && !expressed(v.weight(i)))
+        list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
+    }
+  }
+}
+
+// Pass 1 of layouts that express a weight or not whatever the others are, L::expresses(weight). Block of 256 threads per
+// stage: {repairs, 0, 0, 0}.
+template <class L>
+__device__ __forceinline__ void plan_repairs(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
+  __shared__ uint32_t repairs[8];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Shape<L> shape(rows, cols);
+  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages;
+  uint32_t mine = 0;
+  if (warp < shape.units_of(stage)) {
+    const Dense unit(dense, rows, cols, stride, tile, stage * L::UNITS + warp, lane);
+    for (int j = 0; j < 4; j++) {
+      const Dense::Vector v = unit.load(j);
+      for (int i = 0; i < 16; i++) mine += v.inside(i) && !L::expresses(v.weight(i));
+    }
+  }
+  mine = __reduce_add_sync(~0u, mine);
+  if (lane == 0) repairs[warp] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t total = 0;
+    for (int u = 0; u < 8; u++) total += repairs[u];
+    plan[blockIdx.x] = make_uint4(total, 0, 0, 0);
+  }
+}
+
 }  // namespace taper

@@ -76,17 +76,9 @@ extern "C" __global__ void __launch_bounds__(256)
     ((uint4*)to)[160 + lane] = make_uint4(codes[4], codes[5], codes[6], codes[7]);
   }
   const RepairList list(out + units * Fixed::UNIT_BYTES, make_uint2(head.x, head.y), overflow, capacity, Fixed::EXTRA);
-  uint32_t at = list.place(mine, found, warp, lane);
+  const uint32_t at = list.place(mine, found, warp, lane);
   if (threadIdx.x == 0) ((uint2*)(out + units * Fixed::UNIT_BYTES))[1] = make_uint2(head.z, head.w);
-  if (mine == 0) return;
-  for (int j = 0; j < 4; j++) {
-    const Dense::Vector v = unit.load(j);
-    for (int i = 0; i < 16; i++) {
-      const int h = i >> 3, kk = i & 7;
-      const uint32_t w = v.weight(i), code = (w >> 7 & 255) - base;
-      if (v.inside(i) && code >= 16) list.put(at++, repair(w, warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
-    }
-  }
+  if (mine) put_repairs(list, at, unit, warp, lane, [&](uint32_t w) { return (w >> 7 & 255) - base < 16; });
 }
 
 FLOAT_LAYOUT(fixed, Fixed)

@@ -7,12 +7,12 @@ using namespace taper;
 #define FLOAT8_LAYOUT(NAME, L)                                                                                \
   extern "C" __global__ void __launch_bounds__(256)                                                           \
       NAME##_plan(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {                       \
-    plan_floats<L>(dense, rows, cols, stride, plan);                                                          \
+    plan_repairs<L>(dense, rows, cols, stride, plan);                                                         \
   }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(256)                                                           \
       NAME##_pack(const uint16_t* dense, int rows, int cols, int stride, const uint4* plan, uint8_t* weights, \
                   uint32_t* overflow, uint32_t capacity) {                                                    \
-    pack_floats<L>(dense, rows, cols, stride, plan, weights, overflow, capacity);                             \
+    pack_bytes<L>(dense, rows, cols, stride, plan, weights, overflow, capacity);                              \
   }                                                                                                           \
   FLOAT_LAYOUT(NAME, L)
 

@@ -37,6 +37,10 @@ struct Float8 {
     byte = bf16 >> 8 & 0x80 | magnitude;
     return (bits & rest) == 0 && magnitude < NOT_FINITE;
   }
+  __device__ __forceinline__ static bool expresses(uint32_t bf16) {
+    uint32_t byte;
+    return byte_of(bf16, byte);
+  }
 
   struct Unit {
     uint4 words[4];
@@ -68,32 +72,10 @@ struct Float8 {
 using E4M3 = Float8<3, 7>;
 using E5M2 = Float8<2, 15>;
 
-// Pass 1, block of 256 threads per stage: {repairs, 0, 0, 0}.
-template <class L>
-__device__ __forceinline__ void plan_floats(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
-  __shared__ uint32_t repairs;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Shape<L> shape(rows, cols);
-  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages;
-  if (threadIdx.x == 0) repairs = 0;
-  __syncthreads();
-  if (warp < shape.units_of(stage)) {
-    const Dense unit(dense, rows, cols, stride, tile, stage * L::UNITS + warp, lane);
-    uint32_t mine = 0, byte;
-    for (int j = 0; j < 4; j++) {
-      const Dense::Vector v = unit.load(j);
-      for (int i = 0; i < 16; i++) mine += v.inside(i) && !L::byte_of(v.weight(i), byte);
-    }
-    atomicAdd(&repairs, mine);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) plan[blockIdx.x] = make_uint4(repairs, 0, 0, 0);
-}
-
 // Pass 3, block of 256 threads per stage; `weights` points at the first tile of these rows.
 template <class L>
-__device__ __forceinline__ void pack_floats(const uint16_t* dense, int rows, int cols, int stride, const uint4* plan,
-                                            uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
+__device__ __forceinline__ void pack_bytes(const uint16_t* dense, int rows, int cols, int stride, const uint4* plan,
+                                           uint8_t* weights, uint32_t* overflow, uint32_t capacity) {
   __shared__ uint32_t found[8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Shape<L> shape(rows, cols);
@@ -117,17 +99,8 @@ __device__ __forceinline__ void pack_floats(const uint16_t* dense, int rows, int
   }
   if (threadIdx.x < L::EXTRA / 4) ((uint32_t*)trailer)[2 + threadIdx.x] = 0;
   const RepairList list(trailer, make_uint2(head.x, head.y), overflow, capacity, L::EXTRA);
-  uint32_t at = list.place(mine, found, warp, lane);
-  if (mine == 0) return;
-  for (int j = 0; j < 4; j++) {
-    const Dense::Vector v = unit.load(j);
-    for (int i = 0; i < 16; i++) {
-      const int h = i >> 3, kk = i & 7;
-      uint32_t byte;
-      if (v.inside(i) && !L::byte_of(v.weight(i), byte))
-        list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
-    }
-  }
+  const uint32_t at = list.place(mine, found, warp, lane);
+  if (mine) put_repairs(list, at, unit, warp, lane, L::expresses);
 }
 
 }  // namespace taper

@@ -9,7 +9,7 @@ using namespace taper;
 #define INTEGER_LAYOUT(NAME, L)                                                                                 \
   extern "C" __global__ void __launch_bounds__(256)                                                             \
       NAME##_plan(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {                         \
-    plan_integers<L>(dense, rows, cols, stride, plan);                                                          \
+    plan_repairs<L>(dense, rows, cols, stride, plan);                                                           \
   }                                                                                                             \
   extern "C" __global__ void __launch_bounds__(256)                                                             \
       NAME##_pack(const uint16_t* dense, int rows, int cols, int stride, const float* scales, int scale_stride, \

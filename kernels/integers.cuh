@@ -38,6 +38,11 @@ __device__ __forceinline__ bool small_integer(uint32_t bf16, int lo, int hi, int
   n = (int)v;
   return (float)n == v;
 }
+// Whether it holds one.
+__device__ __forceinline__ bool in_range(uint32_t bf16, int lo, int hi) {
+  int n;
+  return small_integer(bf16, lo, hi, n);
+}
 
 struct Integers {
   static constexpr int UNITS = 8, EXTRA = 40, TRAILER = 8 + EXTRA + 4 * ENTRIES;
@@ -51,6 +56,7 @@ struct Integers {
 
 struct Int8 : Integers {
   static constexpr int UNIT_BYTES = 2048, LOWEST = -128, HIGHEST = 127, SHIFTED = 1, BYTE_ROWS = 8;
+  __device__ __forceinline__ static bool expresses(uint32_t weight) { return in_range(weight, LOWEST, HIGHEST); }
   struct Unit {
     uint4 words[4];
     __device__ __forceinline__ void load(uint32_t at, uint32_t, int, int lane) {
@@ -96,6 +102,7 @@ struct IntN : Integers {
   static_assert(BITS == 4 || BITS == 5, "");
   static constexpr int UNIT_BYTES = BITS == 5 ? 1280 : 1024, LOWEST = -(1 << (BITS - 1)), HIGHEST = -LOWEST - 1,
                        SHIFTED = 1 << (8 - BITS), BYTE_ROWS = BITS == 5 ? 8 : 2;
+  __device__ __forceinline__ static bool expresses(uint32_t weight) { return in_range(weight, LOWEST, HIGHEST); }
   struct Unit {
     uint4 upper[2];
     uint2 lowest;
@@ -150,32 +157,6 @@ struct IntN : Integers {
   }
 };
 
-// Pass 1: {repairs, 0, 0, 0} for each stage.
-template <class L>
-__device__ __forceinline__ void plan_integers(const uint16_t* dense, int rows, int cols, int stride, uint4* plan) {
-  __shared__ uint32_t repairs[8];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Shape<L> shape(rows, cols);
-  const int stage = blockIdx.x % shape.stages, tile = blockIdx.x / shape.stages;
-  uint32_t mine = 0;
-  if (warp < shape.units_of(stage)) {
-    const Dense unit(dense, rows, cols, stride, tile, stage * L::UNITS + warp, lane);
-    for (int j = 0; j < 4; j++) {
-      const Dense::Vector v = unit.load(j);
-      int n;
-      for (int i = 0; i < 16; i++) mine += v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n);
-    }
-  }
-  mine = __reduce_add_sync(~0u, mine);
-  if (lane == 0) repairs[warp] = mine;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t total = 0;
-    for (int u = 0; u < 8; u++) total += repairs[u];
-    plan[blockIdx.x] = make_uint4(total, 0, 0, 0);
-  }
-}
-
 // Pass 3. `scales`: one f32 for each 256 x 256 tile of the matrix, `scale_stride` to a row of them, or null for ones;
 // row0: the matrix's row of the block's first.
 template <class L>
@@ -212,17 +193,8 @@ __device__ __forceinline__ void pack_integers(const uint16_t* dense, int rows, i
     if (warp == 0) *(uint2*)(trailer + 40) = make_uint2(0, 0);
   }
   const RepairList list(trailer, make_uint2(head.x, head.y), overflow, capacity, L::EXTRA);
-  uint32_t at = list.place(mine, found, warp, lane);
-  if (mine == 0) return;
-  for (int j = 0; j < 4; j++) {
-    const Dense::Vector v = unit.load(j);
-    for (int i = 0; i < 16; i++) {
-      const int h = i >> 3, kk = i & 7;
-      int n;
-      if (v.inside(i) && !small_integer(v.weight(i), L::LOWEST, L::HIGHEST, n))
-        list.put(at++, repair(v.weight(i), warp, repair_slot(j, lane, 2 * (kk / 2) + h, kk & 1)));
-    }
-  }
+  const uint32_t at = list.place(mine, found, warp, lane);
+  if (mine) put_repairs(list, at, unit, warp, lane, L::expresses);
 }
 
 }  // namespace taper

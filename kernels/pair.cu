@@ -206,8 +206,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const int h = p & 1;
     // Under a repair lies a value of the weight's sign, below 2^-126 but not zero: zero times infinity would be NaN.
     const auto half = [](uint32_t w, bool repaired) { return (w & 0x8000) | (repaired ? 1 : w & 0x7F); };
-    const uint32_t both = half(w0, repair0) | half(w1, repair1) << 16;
-    sm[p / 2] |= h ? swap_bytes(both) : both;
+    sm[p / 2] |= sign_and_mantissa(half(w0, repair0), p, 0) | sign_and_mantissa(half(w1, repair1), p, 1);
     const uint32_t place = (warp * UNIT_COLS + 32 * j + 8 * t + (p & ~1)) << 4 | (g + 8 * h);
     if (repair0) stream[at[h]++] = w0 << 16 | place;
     if (repair1) stream[at[h]++] = w1 << 16 | (place + 16);

@@ -26,8 +26,8 @@
 //              columns     batch * parts <= 8 for _8, <= 16 for _16; parts: 1 for bf16, 2 for f16, 3 for f32
 //                          activations
 //              in_flight   48 KB in stages, to the nearest; slots: as many as fit, to 2 * in_flight, to 3 * in_flight
-//                          with programmatic launch; at least 3, with two teams 2 more than are in flight, which may be
-//                          as few as have 32 KB; keep: tiles_kept(columns, TEAMS)
+//                          with programmatic launch; at least 3, with two teams 2 more than are in flight, of floats 3,
+//                          which may be as few as have 32 KB; keep: tiles_kept(columns, TEAMS)
 //              partial     slabs * batch * tiles * 16 floats; arrived: `tiles` zeroed words, zero again at the end;
 //                          neither if slabs = 1
 //              May be launched with programmatic stream serialisation: weights are fetched while the previous kernel

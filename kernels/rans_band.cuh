@@ -33,6 +33,7 @@
 #pragma once
 #include "ptx.cuh"
 #include "tile_values.cuh"
+#include "unit.cuh"
 
 namespace taper {
 
@@ -246,13 +247,6 @@ __device__ __forceinline__ void load_raw(uint32_t (&raw)[RANS_STEPS], uint32_t a
                : "memory");
 }
 
-// The weights of two columns from their exponents and raw bytes, each of these twice.
-__device__ __forceinline__ uint32_t join_bf16(uint32_t raw, uint32_t exponents) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(raw), "r"(exponents), "n"(0x807F807F));
-  return d;
-}
-
 // A part of a band, as one warp decodes it.
 struct RansWork {
   uint32_t top, rows;      // the first row in the matrix; how many there are
@@ -357,7 +351,7 @@ __device__ __forceinline__ void rans_part(const Plan& plan, Bytes stream, const 
     const auto join_row = [&](const uint32_t r) {
 #pragma unroll
       for (uint32_t s = 0; s < RANS_STEPS; s++)
-        weights[r][s] = WHOLE || s < steps ? join_bf16(__byte_perm(raw[s], 0, r == 0 ? 0x1100 : 0x3322), e[r][s]) : 0;
+        weights[r][s] = WHOLE || s < steps ? join(__byte_perm(raw[s], 0, r == 0 ? 0x1100 : 0x3322), e[r][s]) : 0;
     };
     const uint32_t raw_at = raw_of_lane + slot + (first ? 0 : 2 * width);
     decode_row(0);

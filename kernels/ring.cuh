@@ -52,7 +52,7 @@ __host__ __device__ constexpr int byte_rows() {
 
 // Teams of eight consumers that share a block's tiles. What a warp does with a unit is a chain of instructions that
 // wait for one another: a second team hides that, and halves the time that preparing activations takes; a third gains
-// nothing. Layouts `fixed` and `window` have products with either.
+// nothing. Layouts of floats (floats.cuh) have products with either.
 template <class L>
 __host__ __device__ constexpr int teams(bool hopper = HOPPER) {
   return (L::GROUP >= 16 || byte_rows<L>()) && hopper ? 2 : 1;

@@ -135,11 +135,7 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x < TILE_ROWS) extra[threadIdx.x] = (uint8_t)windows.lowest[threadIdx.x];
   if (threadIdx.x < Window::UNITS)
     heads[threadIdx.x] = (uint16_t)(windows.begin[threadIdx.x] / 2 | windows.room[threadIdx.x] << 8);
-  for (int i = threadIdx.x; i < Window::ROOM; i += blockDim.x) {
-    bool used = false;
-    for (int u = 0; u < 8; u++) used |= i >= windows.begin[u] && i < windows.begin[u] + windows.room[u];
-    if (!used) entries[i] = 0;
-  }
+  for (int i = threadIdx.x; i < Window::ROOM; i += blockDim.x) entries[i] = 0;  // all wait in `place` below
   // Entries by lane. What a list has no room for goes with the repairs.
   uint32_t listed = before_lane(mine.x, lane);
   const uint32_t room = windows.room[warp], over = listed + mine.x - min(listed + mine.x, max(listed, room));

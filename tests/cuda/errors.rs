@@ -6,7 +6,7 @@ use candle_taper::nn::{CompressedEmbedding, CompressedLinear};
 use candle_taper::{Codec, Dtype, Options};
 
 use crate::common::Shape;
-use crate::products::{LAYOUTS, matrix};
+use crate::products::{COMPRESSED, LAYOUTS, PARTICULAR, matrix};
 use crate::{cuda, gpu, whole_gpu};
 
 #[track_caller]
@@ -21,10 +21,10 @@ fn wrong_devices_shapes_and_dtypes_are_named() {
     let Some(device) = gpu() else { return };
     let w = matrix(Shape::Gaussian, Dtype::Bf16, 64, 96, &Options::default());
     let f32s = matrix(Shape::Gaussian, Dtype::F32, 64, 96, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair] {
+    for layout in PARTICULAR {
         refused(CompressedLinear::on(f32s.weight.clone(), None, &device, layout), &["f32", layout.name()]);
     }
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let zeros = |shape: &[usize], dtype, device: &Device| Tensor::zeros(shape, dtype, device).unwrap();
         refused(layer.forward(&zeros(&[3, 95], DType::F32, &device)), &["[3, 95]", "[64, 96]"]);
@@ -104,7 +104,7 @@ fn a_full_gpu_is_an_error_and_loading_works_afterwards() {
             Err(_) => piece /= 2,
         }
     }
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         refused(CompressedLinear::on(w.weight.clone(), None, &device, layout), &["no room"]);
     }
     drop(hoard);

@@ -7,7 +7,7 @@ use candle_taper::nn::CompressedLinear;
 use candle_taper::{Dtype, Options};
 
 use crate::common::Shape;
-use crate::products::{activations, matrix};
+use crate::products::{COMPRESSED, activations, matrix};
 use crate::{captured_and_replayed, gpu, hopper, values, whole_gpu};
 
 /// A chain of two layers is captured and replayed on new activations.
@@ -16,7 +16,7 @@ fn products_are_captured_and_replayed() {
     let Some(device) = whole_gpu() else { return };
     let up = matrix(Shape::Scaled, Dtype::Bf16, 1536, 1024, &Options::default());
     let down = matrix(Shape::StudentT, Dtype::Bf16, 1024, 1536, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         // More rows may take cuBLAS.
         let rows = if layout == GpuLayout::Fixed && hopper(&device) { vec![1, 8, 40, 200] } else { vec![1, 8, 40] };
         for m in rows {
@@ -46,7 +46,7 @@ fn products_are_captured_and_replayed() {
 fn a_layer_runs_in_other_threads() {
     let Some(device) = gpu() else { return };
     let w = matrix(Shape::Scaled, Dtype::Bf16, 700, 1300, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let run = |m: usize| {
             let x = Tensor::from_vec(activations(m, 1300, 4), (m, 1300), &Device::Cpu).unwrap();

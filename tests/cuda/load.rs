@@ -8,7 +8,7 @@ use candle_taper::ops::CompressedMatmul;
 use candle_taper::{Codec, Dtype, Options};
 
 use crate::common::Shape;
-use crate::products::matrix;
+use crate::products::{COMPRESSED, matrix};
 use crate::{cuda, gpu, whole_gpu};
 
 /// The memory that loading takes at most: that of the layers, one workspace, and the one matrix that is being made ready.
@@ -17,7 +17,7 @@ fn loading_takes_the_layers_one_workspace_and_one_matrix() {
     let Some(device) = whole_gpu() else { return };
     let w = matrix(Shape::Scaled, Dtype::Bf16, 4096, 4096, &Options::default());
     let (dense, stream) = (2 * 4096 * 4096, w.weight.stored_bytes());
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         device.synchronize().unwrap();
         let before = MemoryUse::of(cuda(&device)).unwrap().current;
         MemoryUse::forget_peak(cuda(&device)).unwrap();

@@ -14,9 +14,12 @@ use crate::common::patch::{Patch, record};
 use crate::common::{Shape, weights};
 use crate::gpu;
 
+/// What a matrix of BF16 numbers can be kept as.
 pub const LAYOUTS: [GpuLayout; 5] =
     [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans, GpuLayout::Dense];
-/// Those that not every matrix of BF16 numbers can have.
+/// The same, compressed.
+pub const COMPRESSED: [GpuLayout; 4] = [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans];
+/// Those that not every such matrix can have.
 pub const PARTICULAR: [GpuLayout; 3] = [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair];
 
 /// A compressed matrix and its weights' values, as products take them: quantised ones are not rounded to BF16.
@@ -361,8 +364,8 @@ fn large_matrices_go_through_the_workspace_in_blocks() {
     let Some(device) = gpu() else { return };
     // 192 MB as F32: two blocks.
     let w = matrix(Shape::Scaled, Dtype::Bf16, 12_000, 4096, &Options::default());
-    for layout in &LAYOUTS[..4] {
-        let layer = CompressedLinear::on(w.weight.clone(), None, &device, *layout).unwrap();
+    for layout in COMPRESSED {
+        let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         for (m, dtype) in [(3, DType::F32), (80, DType::F32), (80, DType::BF16)] {
             check(&device, &layer, &w, &activations(m, 4096, 3), m, dtype, &format!("{layout:?} {m} {dtype:?}"));
         }

@@ -10,7 +10,7 @@ use candle_taper::{Codec, Dtype, Options, ScaleLayout, Stage, compress};
 use crate::common::int4::{FORMATS, Packed};
 use crate::common::kquant::QUANTIZED;
 use crate::common::{Shape, weights};
-use crate::products::{LAYOUTS, activations, check, matrix};
+use crate::products::{COMPRESSED, LAYOUTS, activations, check, matrix};
 use crate::{captured_and_replayed, decode, fp8, generation, gpu, hopper, kquant, whole_gpu};
 
 /// Rows of activations, one for each kernel: registers, two widths of rings, on compute capability 9.0 two of streams and
@@ -211,7 +211,7 @@ fn generations() {
 fn graphs() {
     let Some(device) = whole_gpu() else { return };
     let w = matrix(Shape::Scaled, Dtype::Bf16, 256, 256, &Options::default());
-    for layout in [GpuLayout::Fixed, GpuLayout::Window, GpuLayout::Pair, GpuLayout::Rans] {
+    for layout in COMPRESSED {
         let layer = CompressedLinear::on(w.weight.clone(), None, &device, layout).unwrap();
         let [x, other] = [1, 2].map(|seed| {
             let x = Tensor::from_vec(activations(2, 256, seed), (2, 256), &device).unwrap();
