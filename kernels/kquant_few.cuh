@@ -5,168 +5,51 @@
 //              code * 2^-20 (rows g+8), exactly: one LOP3 makes two. A group's products are summed by themselves and
 //              scaled as f32; what minima and zeros take away is a small product for each pair of units, of those as
 //              f16 with the sums X of each group's activations, each in two f16 parts.
-// Activations  f16 in shared memory, in the order of B fragments. A bf16 of 2^-17 or more is exact. Where the largest of
-//              one of a block's rows is not between 2^-9 and 2^10, all are multiplied by powers of two that bring each
-//              row's largest to 2^9.
+// Activations  f16 in shared memory (kquant_few_rows.cuh). A bf16 of 2^-17 or more is exact. Where the largest of one of a
+//              block's rows is not between 2^-9 and 2^10, all are multiplied by powers of two that bring each row's
+//              largest to 2^9.
 // Warps        four teams of four, which take the block's tiles in turn; a warp takes a pair of units of each stage,
-//              which share what a superblock has.
+//              which share what a superblock has. Three warps of the producer's group add up what the warps of a team
+//              have of a tile, while the team goes on; that of its last tile it adds up itself.
 // Non-finite   a block whose activations have infinities, NaN or 2^65 and more, or whose matrix has such scales,
 //              multiplies each weight as three bf16 parts (kquant_product.cuh).
 //
 // Budget       warp-instructions for a unit of 2048 weights (SASS of sm_90a, loop and waits included): Q4_K 126 for up
 //              to 8 rows, 160 for up to 16, integers of 4 bits in groups of 128 91 and 112. Of Q4_K's 160, 40 are for
 //              codes, 17 products, 32 to scale, 18 for scales, 8 loads of activations. With fewer than some 110
-//              registers those loads wait for one another. At 16 rows a unit takes 85 cycles of a multiprocessor, where
-//              the instructions need 40 and shared memory some 45: 32 for activations, which each tile reads anew.
+//              registers those loads wait for one another. At 16 rows the instructions of a unit
+//              need 40 cycles of a multiprocessor, shared memory some 45: 32 for activations, which each tile reads anew.
+//              A warp waits 8 cycles for each instruction. An end of a tile, some 100 instructions one after the other,
+//              took a team 1000 cycles, and its quick warps 700 more.
 // In flight    36 KB an SM: activations come the faster the fewer weights are on their way.
 //
 // Launch       as product.cuh, with block FEW_BLOCK and dynamic shared memory few_shared_bytes(..); x_type bf16 or
-//              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; keep: tiles whose sums a team keeps;
-//              slabs, where one does not fit, of at most four stages
+//              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; slabs, where one does not fit, of at
+//              most four stages
 #pragma once
 #include <type_traits>
 
+#include "kquant_few_rows.cuh"
 #include "kquant_product.cuh"
 #include "sums.cuh"
 
 namespace taper {
 
-// The producer's warpgroup has one thread at work, and gives its registers to the others: of 640 * 96 they take 512 *
-// 112.
-constexpr int FEW_THREADS = 512, FEW_BLOCK = FEW_THREADS + 128, FEW_TEAMS = 4, FEW_WARPS = 4, FEW_TEAM_THREADS = 128,
-              ROW_WORDS = 32;
+// The producer's warpgroup gives registers to the others: of 640 * 96 they take 512 * 112.
+constexpr int FEW_BLOCK = FEW_THREADS + 128, FEW_TEAMS = 4, FEW_WARPS = 4, FEW_TEAM_THREADS = 128, FEW_ADDERS = 3;
 
-// Sums of groups of a unit, for eight rows of activations.
-template <class L>
-__host__ __device__ constexpr int few_group_bytes() {
-  return L::GROUP == 128 ? 32 : L::GROUP == 16 ? 256 : 128;
-}
 template <class L, int NB>
-__host__ __device__ constexpr int few_shared_bytes(int cols, int slabs, int slots, int keep) {
-  return slots * slot_bytes<L>(true) + BARRIER_BYTES + 4 * ROW_WORDS + FEW_TEAMS * keep * FEW_WARPS * NB * 512 +
-         slab_width<L>(cols, slabs) / UNIT_COLS * NB * (2048 + few_group_bytes<L>());
-}
-
-// ---- activations ----
-// Of each unit of columns and eight rows 2048 bytes: vector j's fragments at 512 j, lane by lane. Those of rows past
-// the last hold anything: what comes of them is dropped.
-
-// Eight of them as f16, times `up` if SCALED.
-template <int TYPE, bool SCALED>
-__device__ __forceinline__ uint4 as_halves(const uint4& raw, float up) {
-  if (!SCALED && TYPE == F16) return raw;
-  uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float low = TYPE == F16 ? half_to_float(w[i] & 0xFFFF) : __uint_as_float(w[i] << 16),
-          high = TYPE == F16 ? half_to_float(w[i] >> 16) : __uint_as_float(w[i] & 0xFFFF0000u);
-    if (SCALED) low *= up, high *= up;
-    w[i] = pack_halves(low, high);
-  }
-  return make_uint4(w[0], w[1], w[2], w[3]);
-}
-// Sums of groups. With groups of 32 or 16 lane 4 g + t has group t's of column g, in two f16 parts: 8 bytes for the
-// pair of units, or for groups t and t + 4. With one group for each unit, sums of columns 2t and 2t + 1 as f32.
-template <class L, int NB>
-__device__ __forceinline__ void sum_unit(uint32_t xs, uint32_t table, int unit, int lane) {
-  constexpr uint32_t ONES = 0x3C003C00u;
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int nb = 0; nb < NB; nb++) {
-    const int task = unit * NB + nb;
-    float of[8][4] = {};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint4 b = lds128(xs + task * 2048 + j * 512 + lane * 16);
-      const int low = L::GROUP == 16 ? 2 * j : L::GROUP == 32 ? j : 0;
-      mma_f16(of[low], ONES, ONES, ONES, ONES, b.x, b.y);
-      mma_f16(of[L::GROUP == 16 ? low + 1 : low], ONES, ONES, ONES, ONES, b.z, b.w);
-    }
-    if constexpr (L::GROUP == 128) {
-      if (g == 0) sts64(table + task * 32 + t * 8, __float_as_uint(of[0][0]), __float_as_uint(of[0][1]));
-    } else {
-#pragma unroll
-      for (int set = 0; set < (L::GROUP == 16 ? 2 : 1); set++) {
-        // Those of columns 2t and 2t + 1 are in all lanes of that t.
-        const float even = g & 2   ? g & 1 ? of[4 * set + 3][0] : of[4 * set + 2][0]
-                           : g & 1 ? of[4 * set + 1][0]
-                                   : of[4 * set][0],
-                    odd = g & 2   ? g & 1 ? of[4 * set + 3][1] : of[4 * set + 2][1]
-                          : g & 1 ? of[4 * set + 1][1]
-                                  : of[4 * set][1];
-        const float sum = __shfl_sync(~0u, g & 4 ? odd : even, 4 * (t + 4 * (g & 1)) + (g >> 1));
-        const uint32_t high = float_to_half(sum), low = float_to_half(sum - half_to_float(high));
-        const uint32_t at = L::GROUP == 16 ? table + task * 256 + lane * 8 + set * 4
-                                           : table + ((unit >> 1) * NB + nb) * 256 + lane * 8 + (unit & 1) * 4;
-        sts32(at, high | low << 16);
-      }
-    }
-  }
-}
-
-// Puts all of them into their places, and the largest magnitudes of rows, as bits of the type, into most[]. SCALED:
-// times powers of two for the rows, which are in `ups`. A thread takes the same columns of all rows, all on their way
-// at once; a warp takes two units, and adds them up.
-template <class L, int NB, int TYPE, bool SCALED>
-__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t table, uint32_t* most, uint32_t ups,
-                                             const Product& p, int first, int width, int tid) {
-  const int chunks = width / 8;
-  const bool whole = (((size_t)p.x | (size_t)(p.x_stride * 2)) & 15) == 0 && first + width <= p.cols;
-  for (int chunk = tid; chunk - tid % 32 < chunks; chunk += FEW_THREADS) {  // whole warps
-    const uint16_t* const x = (const uint16_t*)p.x + first + 8 * chunk;
-    const int c = chunk & 3;
-    const bool there = chunk < chunks;
-    const uint32_t at = xs + (chunk >> 4) * (NB * 2048) + (chunk >> 2 & 3) * 512 +
-                        (L::GROUP == 16 ? (c & 1) * 32 + (c >> 1) * 8 : c * 16);
-    const auto put = [&](int row, const uint4& raw) {
-      if (!SCALED) {
-        uint32_t m = __vmaxu2(__vmaxu2(raw.x & 0x7FFF7FFFu, raw.y & 0x7FFF7FFFu),
-                              __vmaxu2(raw.z & 0x7FFF7FFFu, raw.w & 0x7FFF7FFFu));
-        atomicMax(most + row, max(m & 0xFFFF, m >> 16));  // the compiler makes it one of the warp
-      }
-      const uint4 b = as_halves<TYPE, SCALED>(raw, SCALED ? lds_float(ups + 4 * row) : 1);
-      const uint32_t to = at + (row >> 3) * 2048 + (row & 7) * 64;
-      if (!there) return;
-      if (L::GROUP == 16)  // halves of two groups
-        sts64(to, b.x, b.y), sts64(to + 16, b.z, b.w);
-      else
-        sts128(to, b);
-    };
-    if (whole) {
-      uint4 raw[8 * NB];
-#pragma unroll
-      for (int row = 0; row < 8 * NB; row++) {
-        raw[row] = make_uint4(0, 0, 0, 0);
-        if (row < p.batch && there) raw[row] = *(const uint4*)(x + (size_t)row * p.x_stride);
-      }
-#pragma unroll
-      for (int row = 0; row < 8 * NB; row++)
-        if (row < p.batch) put(row, raw[row]);
-    } else {
-#pragma unroll 1
-      for (int row = 0; row < p.batch; row++)
-        put(row, there ? load_eight((const uint16_t*)p.x + (size_t)row * p.x_stride, first + 8 * chunk, p.cols, false)
-                       : make_uint4(0, 0, 0, 0));
-    }
-    __syncwarp();
-    for (int unit = chunk / 32 * 2; unit < min(chunk / 32 * 2 + 2, width / UNIT_COLS); unit++)
-      sum_unit<L, NB>(xs, table, unit, tid % 32);
-  }
-}
-template <class L, int NB, bool SCALED>
-__device__ __forceinline__ void arrange_rows(uint32_t xs, uint32_t table, uint32_t* most, uint32_t ups,
-                                             const Product& p, int first, int width, int tid) {
-  if (p.x_type == F16)
-    arrange_rows<L, NB, F16, SCALED>(xs, table, most, ups, p, first, width, tid);
-  else
-    arrange_rows<L, NB, BF16, SCALED>(xs, table, most, ups, p, first, width, tid);
+__host__ __device__ constexpr int few_shared_bytes(int cols, int slabs, int slots) {
+  return slots * slot_bytes<L>(true) + BARRIER_BYTES + FEW_ROW_BYTES + FEW_TEAMS * FEW_WARPS * NB * 512 +
+         slab_width<L>(cols, slabs) / UNIT_COLS * NB * (2048 + few_group_bytes<L>()) + 16 * FEW_TEAMS;
 }
 
 // ---- products ----
 // sum += the unit's groups' products, scaled but for factors of rows and 2^-24 or 2^-20.
 template <class L, int NB>
 __device__ __forceinline__ void multiply_in_place(const GroupUnit<L>& unit, const Constants& k, uint32_t x,
-                                                  float (&sum)[NB][4]) {
+                                                  uint32_t eight, float (&sum)[NB][4]) {
+  const uint32_t xs[2] = {x, x ^ 64};
   constexpr int PARTS = L::GROUP == 16 ? 2 : 1;  // groups in a vector
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -184,7 +67,7 @@ __device__ __forceinline__ void multiply_in_place(const GroupUnit<L>& unit, cons
     }
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
-      const uint4 b = lds128(x + nb * 2048 + j * 512);
+      const uint4 b = lds128(xs[j & 1] + nb * eight + j / 2 * 128);
       if constexpr (L::GROUP == 128) {
         mma_f16(sum[nb], a[0], a[1], a[2], a[3], b.x, b.y);
         mma_f16(sum[nb], a[4], a[5], a[6], a[7], b.z, b.w);
@@ -204,8 +87,8 @@ __device__ __forceinline__ void multiply_in_place(const GroupUnit<L>& unit, cons
 // c += a warp's OWN units of a stage times their activations. x and table: the lane's fragments and sums of the first.
 template <class L, int NB, int OWN, class Done>
 __device__ __forceinline__ void multiply_pair(uint32_t at, uint32_t trailer, int first, int lane, int g,
-                                              const Constants& k, uint32_t x, uint32_t table, float (&c)[NB][4],
-                                              Done done) {
+                                              const Constants& k, uint32_t x, uint32_t eight, uint32_t table,
+                                              float (&c)[NB][4], Done done) {
   constexpr float UP[2] = {16777216.0f, 16777216.0f / (1 << L::C::SECOND)};
   constexpr int ZERO = L::MAGIC ? L::ZERO : 128;
   if (OWN == 0) return done();
@@ -221,7 +104,7 @@ __device__ __forceinline__ void multiply_pair(uint32_t at, uint32_t trailer, int
   for (int i = 0; i < OWN; i++) {
     if constexpr (L::GROUP == 128) {
       float of_unit[NB][4] = {};
-      multiply_in_place<L, NB>(unit[i], k, x + i * NB * 2048, of_unit);
+      multiply_in_place<L, NB>(unit[i], k, x + i * (UNIT_COLS * 2), eight, of_unit);
       float scale[2], zero[2];  // times -scale
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -239,7 +122,7 @@ __device__ __forceinline__ void multiply_pair(uint32_t at, uint32_t trailer, int
         }
       }
     } else {
-      multiply_in_place<L, NB>(unit[i], k, x + i * NB * 2048, sum);
+      multiply_in_place<L, NB>(unit[i], k, x + i * (UNIT_COLS * 2), eight, sum);
       uint32_t low[2], high[2];
       unit[i].scales.halves(0, k, low);
       if constexpr (L::GROUP == 16) {
@@ -307,83 +190,94 @@ template <class L, int NB>
 __device__ __forceinline__ void few_product(const Product& p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) uint8_t memory[];
-  constexpr int WARP_BYTES = TILE_ROWS * NB * 32, TILE_BYTES = FEW_WARPS * WARP_BYTES, QUADS = 2 * NB;
+  constexpr int WARP_BYTES = TILE_ROWS * NB * 32, TILE_BYTES = FEW_WARPS * WARP_BYTES;
   // `warp` counts within the team.
   const int tid = threadIdx.x, lane = keep(tid & 31), team = tid / FEW_TEAM_THREADS, warp = keep(tid / 32 % FEW_WARPS),
             g = keep(lane >> 2), t = lane & 3, first = 2 * warp;
   const Part<L> part(p);
   const int padded_rows = part.shape.tiles * TILE_ROWS, units = part.width() / UNIT_COLS;
   const uint32_t ring_at = shared_address(memory), bars = ring_at + p.slots * slot_bytes<L>(),
-                 rows_at = bars + BARRIER_BYTES, all_sums = rows_at + 4 * ROW_WORDS,
-                 sums = all_sums + team * p.keep * TILE_BYTES, xs = all_sums + FEW_TEAMS * p.keep * TILE_BYTES,
-                 table = xs + units * NB * 2048;
-  uint32_t* const most = (uint32_t*)(memory + (rows_at - ring_at));  // of rows; behind them what undoes their scales
+                 rows_at = bars + BARRIER_BYTES, all_sums = rows_at + FEW_ROW_BYTES,
+                 sums = all_sums + team * TILE_BYTES, xs = all_sums + FEW_TEAMS * TILE_BYTES,
+                 table = xs + part.stages * (NB * 8 * L::UNITS * UNIT_COLS * 2),
+                 table_end = table + part.stages * (L::UNITS * NB * few_group_bytes<L>());
+  const FewRows<L, NB> rows(p, part, rows_at, xs, table, tid);
   Ring<L, FEW_TEAMS, FEW_WARPS> ring(p, ring_at, bars);
   ring.init(tid - FEW_THREADS);
-  if (tid < ROW_WORDS) most[tid] = 0;
+  rows.init(tid);
+  // Barriers of a team: its sums of a tile are there; behind it: they have been added.
+  const auto stored = [&](int team) { return table_end + 16 * team; };
+  if (tid == 0) {
+    for (int i = 0; i < FEW_TEAMS; i++) mbarrier_init(stored(i), FEW_WARPS), mbarrier_init(stored(i) + 8, 1);
+    mbarrier_init_fence();
+  }
   __syncthreads();
+  // Adds what the warps of the tile's team have stored; called by `count` threads.
+  const auto add_warps = [&](int tile, int id, int count) {
+    const uint32_t from = all_sums + tile % FEW_TEAMS * TILE_BYTES;
+    for (int i = id; i < 8 * TILE_ROWS; i += count) {
+      const int r = i % TILE_ROWS, m = i / TILE_ROWS * NB, row = (part.tile0 + tile) * TILE_ROWS + r;
+      if (m >= p.batch) break;
+      const uint32_t at = from + ((m >> 3) * TILE_ROWS + r) * 32 + (m & 7) * 4;
+      float of[NB] = {};
+#pragma unroll
+      for (int w = 0; w < FEW_WARPS; w++) {
+        if constexpr (NB == 1) {
+          of[0] += lds_float(at + w * WARP_BYTES);
+        } else {
+          const uint2 v = lds64(at + w * WARP_BYTES);
+          of[0] += __uint_as_float(v.x), of[1] += __uint_as_float(v.y);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < NB; e++) of[e] *= rows.undo(m + e);
+      const bool two = NB == 2 && m + 1 < p.batch;
+      if (p.slabs > 1) {
+        float* const to = p.partial + ((size_t)part.slab * p.batch + m) * padded_rows + row;
+        to[0] = of[0];
+        if (two) to[padded_rows] = of[NB - 1];
+      } else {
+        finish(p, row, m, of[0]);
+        if (two) finish(p, row, m + 1, of[NB - 1]);
+      }
+    }
+  };
   if (team == FEW_TEAMS) {
-    give_registers<24>();
+    give_registers<32>();
     if (tid == FEW_THREADS) ring.produce(p, part);
+    if (warp > 0) {
+      wait_for_previous_kernel();
+      // Tiles that are not their teams' last. All of a team's are one adder's: who waits for a phase must have seen the
+      // one before.
+      for (int tile = 0; tile + FEW_TEAMS < part.tiles; tile++) {
+        if (tile % FEW_TEAMS % FEW_ADDERS != warp - 1) continue;
+        const uint32_t bar = stored(tile % FEW_TEAMS);
+        mbarrier_wait(bar, tile / FEW_TEAMS & 1);
+        add_warps(tile, lane, 32);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(bar + 8);
+      }
+      if (p.slabs > 1) bar_arrive<6, FEW_THREADS + 32 * FEW_ADDERS>();
+    }
     return;
   }
   take_registers<112>();
   const bool special = *p.overflow != 0;  // weights that are not finite
   let_next_kernel_start();
   wait_for_previous_kernel();  // everything below may touch what the previous kernel wrote, or reads
-  arrange_rows<L, NB, false>(xs, table, most, 0, p, part.first_col(), part.width(), tid);
-  bar_sync<1, FEW_THREADS>();
-  bool unfit = false, large = false;
-  uint32_t exponent = 136;
-  if (lane < p.batch) {
-    const uint32_t bits = p.x_type == F16 ? __float_as_uint(half_to_float(most[lane])) : most[lane] << 16;
-    large = bits >= 0x60000000u;                                  // 2^65
-    unfit = bits && (bits < 0x3B000000u || bits >= 0x44800000u);  // 2^-9, 2^10
-    exponent = max(bits >> 23, 10u);
-  }
-  const bool exact = special || __any_sync(~0u, large), scaled = __any_sync(~0u, unfit) && !exact;
-  if (scaled) {
-    const uint32_t ups = rows_at + 2 * ROW_WORDS;
-    if (tid < p.batch) sts_float(ups + 4 * tid, __uint_as_float((263 - exponent) << 23));
-    bar_sync<1, FEW_THREADS>();
-    arrange_rows<L, NB, true>(xs, table, most, ups, p, part.first_col(), part.width(), tid);
-    bar_sync<1, FEW_THREADS>();
-    if (tid < p.batch) sts_float(ups + 4 * tid, __uint_as_float((exponent - 9) << 23));  // what undoes it, for the end
-    bar_sync<1, FEW_THREADS>();
-  }
+  const bool exact = rows.arrange(special);
   ring.slot = team;
 
   const int last_units = units - (part.stages - 1) * L::UNITS;
   // Stages in which the warp has both its units.
   const int full_stages = ceil_div(units - first - 1, L::UNITS);
-  // What the team's warps have stored of `kept` tiles from `from` on, every FEW_TEAMS-th.
-  const auto add_warps = [&](int kept, int from) {
-    for (int i = tid % FEW_TEAM_THREADS; i < kept * TILE_ROWS * QUADS; i += FEW_TEAM_THREADS) {
-      const int row = i % TILE_ROWS, quad = i / TILE_ROWS % QUADS, k = i / (TILE_ROWS * QUADS);
-      if (4 * quad >= p.batch) continue;
-      const uint32_t at = sums + k * TILE_BYTES + ((quad >> 1) * TILE_ROWS + row) * 32 + (quad & 1) * 16;
-      float of[4] = {};
-#pragma unroll
-      for (int w = 0; w < FEW_WARPS; w++) {
-        const uint4 v = lds128(at + w * WARP_BYTES);
-        of[0] += __uint_as_float(v.x), of[1] += __uint_as_float(v.y), of[2] += __uint_as_float(v.z),
-            of[3] += __uint_as_float(v.w);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int m = 4 * quad + e;
-        if (m >= p.batch) break;
-        if (scaled) of[e] *= lds_float(rows_at + 2 * ROW_WORDS + 4 * m);
-        hand_on(p, padded_rows, part.slab, (part.tile0 + from + k * FEW_TEAMS) * TILE_ROWS + row, m, of[e]);
-      }
-    }
-  };
   const auto all_tiles = [&](auto exactly) {
     constexpr bool EXACT = decltype(exactly)::value;
     [[maybe_unused]] const Constants constants(t);
-    const uint32_t x_first = xs + first * NB * 2048 + lane * 16,
+    const uint32_t eight = 8 * rows.stride(),
+                   x_first = xs + g * rows.stride() + first * (UNIT_COLS * 2) + (t * 16 ^ (g & 1) * 64),
                    table_first = table + first * NB * few_group_bytes<L>() + (L::GROUP == 128 ? t : lane) * 8;
-    for (int tile = team, kept = 0; tile < part.tiles; tile += FEW_TEAMS) {
+    for (int tile = team; tile < part.tiles; tile += FEW_TEAMS) {
       const int step = min(FEW_TEAMS, part.tiles - tile + team);
       uint32_t x_at = x_first, table_at = table_first;
       float c[NB][4] = {};
@@ -403,9 +297,9 @@ __device__ __forceinline__ void few_product(const Product& p) {
           for (int e = 0; e < NB * 4; e++) c[e / 4][e % 4] += more[e / 4][e % 4];
           done();
         } else {
-          multiply_pair<L, NB, OWN>(at, trailer, first, lane, g, constants, x_at, table_at, c, done);
+          multiply_pair<L, NB, OWN>(at, trailer, first, lane, g, constants, x_at, eight, table_at, c, done);
         }
-        x_at += L::UNITS * NB * 2048, table_at += L::UNITS * NB * few_group_bytes<L>();
+        x_at += L::UNITS * UNIT_COLS * 2, table_at += L::UNITS * NB * few_group_bytes<L>();
       };
       for (; s < full_stages; s++) stage(std::integral_constant<int, 2>(), s + 1 == part.stages);
       if (s < part.stages) {
@@ -414,24 +308,29 @@ __device__ __forceinline__ void few_product(const Product& p) {
         else
           stage(std::integral_constant<int, 0>(), true);
       }
-      // sums[kept][warp][eight rows of x][row][row of x], of each team
-      const uint32_t mine = sums + kept * TILE_BYTES + warp * WARP_BYTES + g * 32 + t * 8;
+      // sums[team][warp][eight rows of x][row][row of x]
+      const uint32_t mine = sums + warp * WARP_BYTES + g * 32 + t * 8;
+      if (tile >= FEW_TEAMS) mbarrier_wait(stored(team) + 8, tile / FEW_TEAMS - 1 & 1);
 #pragma unroll
       for (int nb = 0; nb < NB; nb++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
           sts64(mine + nb * 512 + h * 256, __float_as_uint(c[nb][2 * h]), __float_as_uint(c[nb][2 * h + 1]));
-      if (++kept < p.keep && tile + FEW_TEAMS < part.tiles) continue;
-      bar_sync_of<FEW_TEAM_THREADS>(2 + team);
-      add_warps(kept, tile - (kept - 1) * FEW_TEAMS);
-      kept = 0;
-      if (tile + FEW_TEAMS < part.tiles) bar_sync_of<FEW_TEAM_THREADS>(2 + team);
+      if (tile + FEW_TEAMS < part.tiles) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(stored(team));
+      } else {
+        bar_sync_of<FEW_TEAM_THREADS>(2 + team);
+        add_warps(tile, tid % FEW_TEAM_THREADS, FEW_TEAM_THREADS);
+      }
     }
   };
   if (exact)
     all_tiles(std::true_type());
   else
     all_tiles(std::false_type());
+  if (p.slabs > 1)  // what the adders hand on is there too
+    bar_sync<6, FEW_THREADS + 32 * FEW_ADDERS>();
   add_slabs<FEW_THREADS>(p, part.tile0, part.tiles, padded_rows, all_sums, tid);
 #endif
 }

@@ -53,6 +53,9 @@ __device__ __forceinline__ void sts16(uint32_t a, uint32_t v) {
 __device__ __forceinline__ void reds_xor(uint32_t a, uint32_t v) {
   asm volatile("red.shared.xor.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
 }
+__device__ __forceinline__ void reds_max(uint32_t a, uint32_t v) {
+  asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
+}
 __device__ __forceinline__ void sts_float(uint32_t a, float v) { sts32(a, __float_as_uint(v)); }
 
 // ---- global memory: weights are read once and should not push activations out of the caches ----

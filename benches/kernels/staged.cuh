@@ -115,10 +115,9 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
   int slabs = 1;
   if constexpr (L::GROUP >= 16)
     if (kernels.few_8 && batch > 1 && batch <= 16 && x_type != F32 && hopper) {
-      p.keep = batch <= 8 ? 2 : 1;
       const auto shared = [&](int slots) {
-        return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots, p.keep)
-                          : few_shared_bytes<L, 2>(dense.cols, slabs, slots, p.keep);
+        return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots)
+                          : few_shared_bytes<L, 2>(dense.cols, slabs, slots);
       };
       const int in_flight = std::max(1, (36864 + STAGE / 2) / STAGE),
                 least = FEW_TEAMS + std::min(in_flight, ceil_div(32768, STAGE));  // Ring in ring.cuh

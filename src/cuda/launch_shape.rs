@@ -216,10 +216,10 @@ impl LaunchShape {
         let (kernel, (stages, tiles)) = (FEW + eights - 1, (stages(geometry.cols), geometry.rows.div_ceil(TILE_ROWS)));
         let room = kernels.packed(family).ok()?.products.get(kernel)?.1;
         // `few_shared_bytes`.
-        let (slot, keep) = (family.stage_bytes().next_multiple_of(128), 3 - eights);
+        let slot = family.stage_bytes().next_multiple_of(128);
         let besides = |slabs: usize| {
             let units = stages.div_ceil(slabs) * Family::UNITS;
-            384 + keep * eights * 8192 + units * eights * (2048 + family.few_group_bytes())
+            704 + eights * 8192 + units * eights * (2048 + family.few_group_bytes())
         };
         // Its four teams take stages in turn, see `Ring`.
         const TEAMS: usize = 4;
@@ -240,7 +240,7 @@ impl LaunchShape {
             shared: slots * slot + besides(slabs),
             slots,
             in_flight: in_flight.min(slots - TEAMS),
-            keep,
+            keep: 0,
             partial: if slabs > 1 { slabs * batch * tiles * TILE_ROWS } else { 0 },
             arrived: if slabs > 1 { tiles } else { 0 },
             scaled: false,
