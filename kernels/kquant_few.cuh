@@ -17,11 +17,11 @@
 // Budget       warp-instructions for a unit of 2048 weights (SASS of sm_90a, loop and waits included): Q4_K 126 for up
 //              to 8 rows, 160 for up to 16, integers of 4 bits in groups of 128 91 and 112. Of Q4_K's 160, 40 are for
 //              codes, 17 products, 32 to scale, 18 for scales, 8 loads of activations. With fewer than some 110
-//              registers those loads wait for one another. At 16 rows the instructions of a unit
-//              need 40 cycles of a multiprocessor, shared memory some 45: 32 for activations, which each tile reads anew.
-//              A warp waits 8 cycles for each instruction. An end of a tile, some 100 instructions one after the other,
-//              took a team 1000 cycles, and its quick warps 700 more.
-// In flight    36 KB an SM: activations come the faster the fewer weights are on their way.
+//              registers those loads wait for one another. At 16 rows the instructions of a unit need 40 cycles of a
+//              multiprocessor, shared memory some 45: 32 for activations, which each tile reads anew. A warp waits 8
+//              cycles for each instruction: an end of a tile, some 100 of them one after the other, took a team 1000
+//              cycles, and its quick warps 700 more.
+// In flight    54 KB an SM.
 //
 // Launch       as product.cuh, with block FEW_BLOCK and dynamic shared memory few_shared_bytes(..); x_type bf16 or
 //              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; slabs, where one does not fit, of at

@@ -223,7 +223,7 @@ impl LaunchShape {
         };
         // Its four teams take stages in turn, see `Ring`.
         const TEAMS: usize = 4;
-        let in_flight = family.stages_of(36_864);
+        let in_flight = family.stages_of(55_296);
         let least = TEAMS + in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
         let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
         if slabs > 1 {

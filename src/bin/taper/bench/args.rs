@@ -35,7 +35,8 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = Weights::Scaled, conflicts_with = "model")]
     pub weights: Weights,
     /// Codings to time: rans, fixed12, fixed11 (lossless), int8, int8-fixed12, int8-fixed11, rate-BITS, none; for layers
-    /// also q4_k and the other formats of GGUF files, for models dense (our model, weights not compressed)
+    /// also q4_k and the other formats of GGUF files, int4 (groups of 128, as in AWQ and GPTQ checkpoints) and int4-fp8 (the
+    /// same; activations of 64 rows and more become FP8), for models dense (our model, weights not compressed)
     ///
     /// [default: rans,fixed12,fixed11,int8,int8-fixed12 for layers, fixed12,rans,int8-fixed12 for models]
     #[arg(long, value_name = "C", value_delimiter = ',')]
@@ -198,10 +199,19 @@ pub enum Weights {
 pub struct Coding {
     /// `rans`, `int8-fixed12`, `rate-4.5`.
     pub name: String,
-    /// The library's options; nothing for `none`, `dense` and formats of GGUF files.
+    /// The library's options; nothing for `none`, `dense` and blocks.
     pub options: Option<Options>,
+    /// Blocks that are multiplied as they are.
+    pub blocks: Option<BlockCoding>,
+}
+
+/// Weights in blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockCoding {
     /// A format of GGUF files.
-    pub blocks: Option<GgmlDType>,
+    Ggml(GgmlDType),
+    /// 4-bit integers in groups of 128; whether many rows of activations are rounded to FP8.
+    Int4 { fp8: bool },
 }
 
 impl FromStr for Coding {
@@ -212,8 +222,13 @@ impl FromStr for Coding {
         let (first, rest) = text.split_once('-').map_or((text, None), |(first, rest)| (first, Some(rest)));
         let (codec, stage) = match (first, rest) {
             ("none" | "dense", None) => return Ok(Coding { name: text.into(), options: None, blocks: None }),
+            ("int4", None | Some("fp8")) => {
+                let blocks = Some(BlockCoding::Int4 { fp8: rest.is_some() });
+                return Ok(Coding { name: text.into(), options: None, blocks });
+            }
             (name, None) if block_format(name).is_some() => {
-                return Ok(Coding { name: text.into(), options: None, blocks: block_format(name) });
+                let blocks = block_format(name).map(BlockCoding::Ggml);
+                return Ok(Coding { name: text.into(), options: None, blocks });
             }
             ("rate", Some(bits)) => (bits.parse().ok().map(|bits| Codec::Rate { bits }), Some(Stage::Rans)),
             ("int8", rest) => (Some(Codec::Int8), stage(rest.unwrap_or("rans"))),
@@ -224,7 +239,7 @@ impl FromStr for Coding {
         let Some((codec, stage)) = codec.zip(stage) else {
             let names = "rans, fixed12, fixed11, int8, int8-fixed12, int8-fixed11, rate-BITS, dense, none";
             let blocks = BLOCKS.map(|(name, _)| name).join(", ");
-            return Err(format!("codings are {names}, {blocks}"));
+            return Err(format!("codings are {names}, {blocks}, int4, int4-fp8"));
         };
         let options = Options { codec, stage, ..Options::default() };
         options.validate().map_err(|error| error.to_string())?;
@@ -311,8 +326,23 @@ mod tests {
         assert_eq!(codec("int8-fixed12"), Ok(Some((Codec::Int8, Stage::Fixed12))));
         assert_eq!(codec("rate-4.5"), Ok(Some((Codec::Rate { bits: 4.5 }, Stage::Rans))));
         assert_eq!(codec("none"), Ok(None));
-        assert_eq!("q4_k".parse::<Coding>().unwrap().blocks, Some(GgmlDType::Q4K));
-        for wrong in ["", "zip", "rate", "rate-99", "rate-x", "int8-zip", "int8-", "rans-rans", "none-fixed12"] {
+        let blocks = |name: &str| name.parse::<Coding>().unwrap().blocks;
+        assert_eq!(blocks("q4_k"), Some(BlockCoding::Ggml(GgmlDType::Q4K)));
+        assert_eq!(blocks("int4"), Some(BlockCoding::Int4 { fp8: false }));
+        assert_eq!(blocks("int4-fp8"), Some(BlockCoding::Int4 { fp8: true }));
+        for wrong in [
+            "",
+            "zip",
+            "rate",
+            "rate-99",
+            "rate-x",
+            "int8-zip",
+            "int8-",
+            "rans-rans",
+            "none-fixed12",
+            "int4-",
+            "int4-rans",
+        ] {
             assert!(codec(wrong).is_err(), "{wrong}");
         }
         for name in ["none", "bf16", "f16", "f32"].into_iter().chain(BLOCKS.map(|(name, _)| name)) {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::quantized::{QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::Linear;
 use candle_taper::nn::{CompressedLinear, KQuantLinear};
@@ -16,8 +16,9 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use rand_distr::{Distribution, Normal, StudentT};
 
-use super::args::{BenchArgs, Coding, Shape, Stock, Weights};
+use super::args::{BenchArgs, BlockCoding, Coding, Shape, Stock, Weights};
 use super::decode;
+use super::int4;
 use super::progress::Steps;
 use super::report::{Group, Place, Row};
 use super::timing::in_turns;
@@ -236,8 +237,7 @@ fn subjects(
     let values = values(args.weights, shape)?;
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let mut subjects = Vec::new();
-    let fits = |format: GgmlDType, name: &str, asked: bool| -> Result<bool> {
-        let block = format.block_size();
+    let fits = |block: usize, name: &str, asked: bool| -> Result<bool> {
         if input.is_multiple_of(block) {
             return Ok(true);
         }
@@ -253,25 +253,37 @@ fn subjects(
     for coding in codings {
         steps.begin(&format!("{shape}: making {}", coding.name));
         if let Some(format) = coding.blocks {
-            if fits(format, &coding.name, true)? {
-                let blocks = quantized(format)?;
-                let layer = || {
-                    let layer = KQuantLinear::from_qtensor(&copied(&blocks, device)?, None)?;
-                    let bytes = layer.stored_bytes();
-                    Ok((layer, bytes))
-                };
-                let fused = Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?;
-                let dtype = fused.dtype;
-                let other = args.unfused.then(|| {
-                    fused.unfused(rotate, out * input, || {
-                        let layer = KQuantLinear::from_qtensor(&copied(&blocks, device)?, None)?;
-                        Ok(move || layer.op().dequantize(dtype))
-                    })
-                });
-                subjects.push(fused);
-                subjects.extend(other.transpose()?);
-                steps.step();
-            }
+            let block = match format {
+                BlockCoding::Ggml(format) => format.block_size(),
+                BlockCoding::Int4 { .. } => int4::GROUP,
+            };
+            fits(block, &coding.name, true)?;
+            let make: Box<dyn Fn() -> Result<KQuantLinear>> = match format {
+                BlockCoding::Ggml(format) => {
+                    let blocks = quantized(format)?;
+                    Box::new(move || Ok(KQuantLinear::from_qtensor(&copied(&blocks, device)?, None)?))
+                }
+                BlockCoding::Int4 { fp8 } => {
+                    let packed = int4::Packed::new(&plain.flatten_all()?.to_vec1()?, shape)?;
+                    Box::new(move || Ok(packed.layer(device)?.with_fp8(fp8)))
+                }
+            };
+            let layer = || {
+                let layer = make()?;
+                let bytes = layer.stored_bytes();
+                Ok((layer, bytes))
+            };
+            let fused = Subject::new(coding.name.clone(), false, args.activations(), rotate, layer)?;
+            let dtype = fused.dtype;
+            let other = args.unfused.then(|| {
+                fused.unfused(rotate, out * input, || {
+                    let layer = make()?;
+                    Ok(move || layer.op().dequantize(dtype))
+                })
+            });
+            subjects.push(fused);
+            subjects.extend(other.transpose()?);
+            steps.step();
             continue;
         }
         let options = coding.options.clone().context("--codec dense is for models; layers have --stock")?;
@@ -312,7 +324,7 @@ fn subjects(
     }
     for &stock in stocks {
         if let Stock::Blocks(format) = stock
-            && !fits(format, &stock.to_string(), !args.stock.is_empty())?
+            && !fits(format.block_size(), &stock.to_string(), !args.stock.is_empty())?
         {
             continue;
         }

@@ -5,6 +5,7 @@
 
 mod args;
 mod decode;
+mod int4;
 mod layers;
 mod load;
 mod machine;

@@ -48,7 +48,7 @@ fn plans(args: &BenchArgs) -> Result<Vec<Plan>> {
         for dir in &plain {
             let codings = args.codings(&CODINGS);
             if let Some(coding) = codings.iter().find(|coding| coding.blocks.is_some()) {
-                bail!("--codec {}: a model in this format is a GGUF file, pass it with --model", coding.name)
+                bail!("--codec {} is for layers; a model in a GGUF file is passed with --model", coding.name)
             }
             plans.extend(codings.into_iter().map(|c| plan(dir, c.name.clone(), How::ours(c))));
         }
