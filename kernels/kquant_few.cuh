@@ -21,7 +21,7 @@
 //              multiprocessor, shared memory some 45: 32 for activations, which each tile reads anew. A warp waits 8
 //              cycles for each instruction: an end of a tile, some 100 of them one after the other, took a team 1000
 //              cycles, and its quick warps 700 more.
-// In flight    54 KB an SM.
+// In flight    54 KB an SM of codes of 4 and 8 bits; others, of which a warp has more to do, are faster with 36.
 //
 // Launch       as product.cuh, with block FEW_BLOCK and dynamic shared memory few_shared_bytes(..); x_type bf16 or
 //              f16; slots as many as fit, to 16, and FEW_TEAMS more than in_flight; slabs, where one does not fit, of at

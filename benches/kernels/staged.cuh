@@ -119,7 +119,8 @@ Launch plan_staged(const Device& device, const Shape<L>& shape, const Products& 
         return batch <= 8 ? few_shared_bytes<L, 1>(dense.cols, slabs, slots)
                           : few_shared_bytes<L, 2>(dense.cols, slabs, slots);
       };
-      const int in_flight = std::max(1, (55296 + STAGE / 2) / STAGE),
+      constexpr int WANTED = L::C::BYTES == 4 * 256 || L::C::BYTES == 8 * 256 ? 55296 : 36864;
+      const int in_flight = std::max(1, (WANTED + STAGE / 2) / STAGE),
                 least = FEW_TEAMS + std::min(in_flight, ceil_div(32768, STAGE));  // Ring in ring.cuh
       while (shared(least) > limit && slabs < shape.stages) slabs++;
       // Where slabs meet anyway, activations of more than four stages take longer to come than more sums to add.

@@ -207,6 +207,22 @@ fn products_of_many_rows_are_right() {
 }
 
 /// 4-bit integers of AWQ and GPTQ checkpoints: rows and products, from 1 to 70 rows of activations.
+/// With more tiles for each block than teams that take them, warps of their own add up what the teams have: of whole rows, and
+/// of rows in two slabs.
+#[test]
+fn blocks_of_many_tiles_are_right() {
+    let Some(device) = gpu() else { return };
+    for (rows, cols) in [(20_000, 256), (5_600, 8192)] {
+        for ty in [GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q8_0] {
+            let matrix = Matrix::new(ty, rows, cols, 13);
+            let layer = matrix.linear(&device);
+            for m in [3, 8, 13, 16] {
+                check(&device, &layer, &matrix, &activations(m, matrix.shape[1], 7), DType::BF16);
+            }
+        }
+    }
+}
+
 #[test]
 fn four_bit_integers_are_those_of_the_checkpoint() {
     let Some(device) = gpu() else { return };
