@@ -155,8 +155,8 @@ class Checker {
     comparison.fill(0, 1), y.fill(0xFF, bytes);
     const Launch launch = launch_to(y.get()), repeated = launch_to(again.get());
     launch.run(nullptr, programmatic);
-    // A single row is rounded to integers of 16 bits (kquant_single.cuh): of 128 columns some 1e-6, and 4 times that once in
-    // a thousand outputs or more.
+    // A single row is rounded to integers of 16 bits (kquant_single.cuh), which costs some 1e-6 of the magnitudes where a
+    // row has 128 columns, and up to five times that among thousands of outputs.
     const double within = M::BLOCKS && batch == 1 ? 6e-6 : 2e-6;
     compare_products<<<blocks_for((size_t)c_.rows * batch), 256>>>(y.get(), y_type, y_stride, wanted, magnitudes,
                                                                    c_.rows, batch, within, comparison.get());
