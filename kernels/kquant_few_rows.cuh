@@ -36,6 +36,7 @@ __device__ __forceinline__ uint32_t larger_halves(uint32_t most, uint32_t pair) 
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// A warp's part of them: init() before the block's first barrier, arrange() when the previous kernel has ended.
 template <class L, int NB>
 struct FewRows {
   static constexpr int ROW_WARPS = 2 / NB, BATCH = 4, PAIR_CHUNKS = 2 * UNIT_COLS / 8, PAIR_BYTES = 16 * PAIR_CHUNKS;

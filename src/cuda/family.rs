@@ -159,6 +159,16 @@ impl Family {
         }
     }
 
+    /// Bytes of weights that are on their way to such products at most. By measurement: more is faster where codes have 4 or 8
+    /// bits, and slower where a warp has more to do with them.
+    pub fn few_in_flight(self) -> usize {
+        use GgmlType::{Int4G128, Q4_0, Q4_1, Q4_K, Q8_0};
+        match self {
+            Family::Blocks(Q4_K | Q4_0 | Q4_1 | Q8_0 | Int4G128) => 55_296,
+            _ => 36_864,
+        }
+    }
+
     /// Units of a stage.
     pub const UNITS: usize = 8;
 }

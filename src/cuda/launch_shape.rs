@@ -3,7 +3,6 @@
 use super::family::{Family, TILE_ROWS, UNIT_COLS, stages};
 use super::kernels::Kernels;
 use crate::codec::Geometry;
-use crate::codec::kquant::GgmlType;
 
 /// The grid of a product, and what it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,13 +223,7 @@ impl LaunchShape {
         };
         // Its four teams take stages in turn, see `Ring`.
         const TEAMS: usize = 4;
-        // By measurement.
-        let in_flight = family.stages_of(match family {
-            Family::Blocks(GgmlType::Q4_K | GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q8_0 | GgmlType::Int4G128) => {
-                55_296
-            }
-            _ => 36_864,
-        });
+        let in_flight = family.stages_of(family.few_in_flight());
         let least = TEAMS + in_flight.min(32_768usize.div_ceil(family.stage_bytes()));
         let mut slabs = (1..=stages).find(|&slabs| least * slot + besides(slabs) <= room)?;
         if slabs > 1 {
