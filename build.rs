@@ -18,8 +18,10 @@ mod cuda {
     /// Machine code for compute capability 8.x, PTX that the driver compiles for any later one, and machine code for
     /// Hopper. cudaforge's own builder makes one of them at a time.
     const TARGETS: [&str; 2] = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"];
+    /// The same of what needs FP8 tensor cores, which came with 8.9; Hopper has kernels of its own.
+    const FP8_TARGETS: [&str; 1] = ["arch=compute_89,code=[sm_89,compute_89]"];
 
-    const NO_NVCC: &str = "feature `cuda` needs nvcc, the CUDA compiler, version 12 or later. Install the CUDA toolkit \
+    const NO_NVCC: &str = "feature `cuda` needs nvcc, the CUDA compiler, version 12.4 or later. Install the CUDA toolkit \
          (https://developer.nvidia.com/cuda-downloads, or the package cuda-toolkit, nvidia-cuda-toolkit or cuda of your \
          distribution) and put nvcc on the PATH, or name it with NVCC or CUDA_HOME. Without a GPU at hand set \
          CUDA_COMPUTE_CAP too, for candle's own kernels. A build for the CPU needs none of this: leave the feature out";
@@ -53,6 +55,10 @@ mod cuda {
         source.file_stem().unwrap_or_default().to_string_lossy().into_owned()
     }
 
+    fn targets(source: &Path) -> &'static [&'static str] {
+        if stem(source) == "fp8_mma" { &FP8_TARGETS } else { &TARGETS }
+    }
+
     fn image(source: &Path, out: &Path) -> PathBuf {
         out.join(stem(source)).with_extension("fatbin")
     }
@@ -67,7 +73,7 @@ mod cuda {
                 scope.spawn(move || {
                     let mut nvcc = Command::new(&toolkit.nvcc_path);
                     nvcc.args(["-O3", "-std=c++17", "-fatbin", "-MD"]);
-                    TARGETS.iter().for_each(|target| _ = nvcc.args(["-gencode", target]));
+                    targets(source).iter().for_each(|target| _ = nvcc.args(["-gencode", target]));
                     if let Some(compiler) = env::var_os("NVCC_CCBIN") {
                         nvcc.arg("-allow-unsupported-compiler").arg("-ccbin").arg(compiler);
                     }

@@ -4,14 +4,11 @@
 
 using namespace taper;
 
-extern "C" __global__ void __launch_bounds__(256) fp8_arrange(const __grid_constant__ Fp8Arrange p) {
-  fp8_arrange_column(p);
-}
+FP8_ARRANGE
 
-#define FP8_PRODUCT(N, S)                                            \
-  extern "C" __global__ void __launch_bounds__(PREFILL_BLOCK, 1)     \
-      fp8_product_##N(const __grid_constant__ Prefill p) {           \
-    fp8_product<LayoutInt4G128, N, S>(p);                            \
+#define FP8_PRODUCT(N, S)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(PREFILL_BLOCK, 1) fp8_product_##N(const __grid_constant__ Prefill p) { \
+    fp8_product<LayoutInt4G128, N, S>(p);                                                                             \
   }
 FP8_PRODUCT(64, 64)
 FP8_PRODUCT(128, 128)

@@ -183,7 +183,7 @@ __device__ __forceinline__ void prefill_product(const Prefill& p) {
   Turn<R::A_SLOTS> a_turn, trailer_turn;
   Turn<R::B_SLOTS> b_turn;
   float c[N / 8][4];
-  StreamUnit<L> unit;
+  StreamUnit<L, false> unit;
   uint32_t trailer = 0, loaded = 0, a[4][8];
   const auto load = [&](int u, bool first) {
     mbarrier_wait(at.a_full + 8 * a_turn.slot, a_turn.phase);

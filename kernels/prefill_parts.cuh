@@ -50,8 +50,23 @@ struct Pieces {
   }
 };
 
+// A barrier of four warps, the first ones or those after them.
+__device__ __forceinline__ void warpgroup_sync(int half) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
+}
+__device__ __forceinline__ void set_flag(uint32_t* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+// Until others have counted so far.
+__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
+  uint32_t v;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
+  while (v < enough);
+}
+__device__ __forceinline__ void await_flag(uint32_t* flag) { await_count(flag, 1); }
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// ---- PTX that only this kernel needs ----
+// ---- PTX that only compute capability 9.0 has, or these kernels need ----
 // Nought, of which the compiler does not know: what is added to it is computed where it is used, not kept.
 __device__ __forceinline__ uint32_t nothing() {
   uint32_t v;
@@ -68,19 +83,6 @@ __device__ __forceinline__ void store_transposed(uint32_t at, uint32_t a, uint32
                "r"(d)
                : "memory");
 }
-__device__ __forceinline__ void warpgroup_sync(int half) {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + half) : "memory");
-}
-__device__ __forceinline__ void set_flag(uint32_t* flag) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
-}
-// Until others have counted so far.
-__device__ __forceinline__ void await_count(uint32_t* count, uint32_t enough) {
-  uint32_t v;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(count) : "memory");
-  while (v < enough);
-}
-__device__ __forceinline__ void await_flag(uint32_t* flag) { await_count(flag, 1); }
 // Position in a ring of barriers.
 template <int SLOTS>
 struct Turn {
@@ -124,7 +126,7 @@ __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)
       const uint32_t buffer = n / 32 % 2 * RESULT_BUFFER;
 #pragma unroll
       for (int h = 0; h < 2 && n + 16 * h < N; h++) {
-        const float (&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
+        const float(&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
         store_transposed(out + buffer + 16 * h * RESULT_STRIDE, pack(lo[0], lo[1]), pack(lo[2], lo[3]),
                          pack(hi[0], hi[1]), pack(hi[2], hi[3]));
       }

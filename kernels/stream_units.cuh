@@ -8,10 +8,10 @@ namespace taper {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 //   APART      whether a unit's sums are to be multiplied with scales(h), of rows g (h = 0) and g + 8
-// Of groups: ggml's values, rounded once. One group for each row of a unit: integers.
-template <class L>
+// Values rounded once, or of layouts with one group for each row of a unit (`INTEGERS`) code - zero.
+template <class L, bool INTEGERS = L::GROUP == 128>
 struct StreamUnit {
-  static constexpr bool APART = L::GROUP == 128;
+  static constexpr bool APART = INTEGERS;
   typename L::C::Raw raw[4];
   typename L::S scales;
   __device__ __forceinline__ void load(const Prefill&, uint32_t at, uint32_t trailer, int u, int lane) {
@@ -26,6 +26,7 @@ struct StreamUnit {
   // Vectors 0 to 3, in this order.
   __device__ __forceinline__ void vector(int j, uint32_t (&a)[8]) const {
     if constexpr (APART) return integers<L>(raw[j], scales, two_128(), a);
+    if constexpr (L::GROUP == 128) return scaled_integers(j, a);
     constexpr int AWAY = L::MAGIC + L::ZERO, GROUPS = L::GROUP == 16 ? 2 : 1;
     constexpr uint32_t MINUS = 0x80008000u | (AWAY == 128   ? 0x43004300u
                                               : AWAY == 132 ? 0x43044304u
@@ -47,6 +48,18 @@ struct StreamUnit {
           a[q] = L::MINS ? pack_bf16(fmaf(scale, lo, -min), fmaf(scale, hi, -min)) : pack_bf16(scale * lo, scale * hi);
         }
       }
+  }
+  // Eight bits of the scale's 11 and the rest, times integers of five: the second product is exact, so the sum is rounded once.
+  __device__ __forceinline__ void scaled_integers(int j, uint32_t (&a)[8]) const {
+    integers<L>(raw[j], scales, two_128(), a);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const uint32_t upper = __float_as_uint(scales.scale[h]) & 0xFFFF0000u,
+                     rest = __float_as_uint(scales.scale[h] - __uint_as_float(upper));
+      const uint32_t two_upper = __byte_perm(upper, upper, 0x7632), two_rest = __byte_perm(rest, rest, 0x7632);
+#pragma unroll
+      for (int q = h; q < 8; q += 2) a[q] = fma_bf16x2(a[q], two_upper, fma_bf16x2(a[q], two_rest, 0x80008000u));
+    }
   }
   __device__ __forceinline__ bool needs_repair() const { return false; }
   __device__ __forceinline__ void repair(const Prefill&, int, int, uint32_t (&)[4][8], uint32_t, int) const {}
@@ -93,7 +106,7 @@ struct StreamRepairs {
 };
 
 template <>
-struct StreamUnit<Fixed> {
+struct StreamUnit<Fixed, false> {
   static constexpr bool APART = false;
   Fixed::Unit unit;
   StreamRepairs repairs;

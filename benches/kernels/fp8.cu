@@ -5,7 +5,15 @@
 //     target/fp8 check [--small]    against f64 of the rounded activations, and repeated launches against each other;
 //                                   prints what the rounding costs; exit status 1 on failure
 //     target/fp8 time               every width, blocks whole and cut; times include the arranging of activations
+//
+// -DMMA, with -arch=sm_89 or later, takes the kernels of other GPUs (kernels/fp8_mma.cuh), which 9.0 can run too.
+#ifdef MMA
+#include "../../kernels/fp8_mma.cu"
+constexpr int THREADS = taper::FP8_MMA_BLOCK;
+#else
 #include "../../kernels/fp8.cu"
+constexpr int THREADS = taper::PREFILL_BLOCK;
+#endif
 #include "many_rows.cuh"
 #include "kquant.cuh"
 
@@ -17,8 +25,14 @@ struct Width {
   int columns, shared;
   const void* kernel;
 };
+#ifdef MMA
+#define WIDTH(N) {N, fp8_mma_shared_bytes<LayoutInt4G128, N>(), (void*)fp8_mma_product_##N}
+static const Width WIDTHS[] = {WIDTH(64), WIDTH(128)};
+#else
 #define WIDTH(N) {N, fp8_shared_bytes<LayoutInt4G128, N>(), (void*)fp8_product_##N}
 static const Width WIDTHS[] = {WIDTH(64), WIDTH(128), WIDTH(256)};
+#endif
+constexpr int TILES = 8;  // of a block
 
 // A product and the arranging of its activations, planned as src/cuda/fp8.rs does.
 struct Launches {
@@ -32,7 +46,7 @@ struct Launches {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const auto& shape = packed.shape();
     padded = ceil_div(batch, width.columns) * width.columns, units = shape.units;
-    const long long blocks = ceil_div(shape.tiles, PREFILL_TILES) * (long long)(padded / width.columns);
+    const long long blocks = ceil_div(shape.tiles, TILES) * (long long)(padded / width.columns);
     grid = (int)std::min<long long>(device.multiprocessors, cut ? blocks * units : blocks);
     if (cut && blocks % grid) p.cut = (int)std::min(blocks, blocks % grid + grid);
     p.weights = packed.weights();
@@ -46,7 +60,7 @@ struct Launches {
     const Config first(padded, 256, 0, stream, programmatic);
     CUDA(cudaLaunchKernelEx(&first.config, fp8_arrange,
                             Fp8Arrange{x, arranged, bench::BF16, x_stride, p.batch, p.cols, width.columns, padded}));
-    const Config second(grid, PREFILL_BLOCK, width.shared, stream, programmatic);
+    const Config second(grid, THREADS, width.shared, stream, programmatic);
     void* arguments[] = {(void*)&p};
     CUDA(cudaLaunchKernelExC(&second.config, width.kernel, arguments));
   }

@@ -1,5 +1,5 @@
-//! Products of 4-bit integers in groups of 128 with activations rounded to FP8 (e4m3), on compute capability 9.0
-//! (`kernels/fp8.cuh`).
+//! Products of 4-bit integers in groups of 128 with activations rounded to FP8 (e4m3): by whole warpgroups on compute
+//! capability 9.0 (`kernels/fp8.cuh`), by warps on 8.9 and from 10.0 on (`kernels/fp8_mma.cuh`).
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -23,29 +23,56 @@ const FEWEST_ROWS: usize = 64;
 /// Units whose sums of activations lie together.
 const SUMS: usize = 16;
 
-/// One for each kernel.
+/// One for each kernel of whole warpgroups.
 const WIDTHS: [Width; 3] = [
     Width { columns: 64, rows: ROWS, unit: 0.41, meeting: 15.0, evenly: None },
     Width { columns: 128, rows: ROWS, unit: 0.59, meeting: 16.0, evenly: None },
     Width { columns: 256, rows: ROWS, unit: 1.16, meeting: 18.0, evenly: None },
 ];
+/// One for each kernel of warps. An H200 took these times; what counts is how they compare.
+const MMA_WIDTHS: [Width; 2] = [
+    Width { columns: 64, rows: ROWS, unit: 1.35, meeting: 8.0, evenly: None },
+    Width { columns: 128, rows: ROWS, unit: 2.45, meeting: 10.0, evenly: None },
+];
+/// Threads of their blocks.
+const MMA_THREADS: u32 = 256;
+/// The shared memory that a block may have on compute capability 8.9, which their slots were laid out for.
+const MMA_SHARED: i32 = 99 * 1024;
 
-/// The kernels; no other compute capability than 9.0 has them.
+/// The kernels of a GPU.
 #[derive(Debug)]
 pub(super) struct Fp8Kernels {
     arrange: CudaFunction,
-    /// One for each of [`WIDTHS`], and the shared memory that it may ask for.
-    products: [(CudaFunction, usize); 3],
+    widths: &'static [Width],
+    /// One for each of `widths`, and the shared memory that it may ask for.
+    products: Vec<(CudaFunction, usize)>,
+    threads: u32,
 }
 
 impl Fp8Kernels {
+    /// Those of `kernels/fp8.cu`.
     pub fn load(module: &Arc<CudaModule>, shared: i32) -> Result<Fp8Kernels> {
-        let [a, b, c] = WIDTHS.map(|width| function(module, &format!("fp8_product_{}", width.columns), shared));
-        Ok(Fp8Kernels { arrange: function(module, "fp8_arrange", 0)?.0, products: [a?, b?, c?] })
+        Fp8Kernels::named(module, "fp8_product", &WIDTHS, (THREADS, shared))
+    }
+
+    /// Those of `kernels/fp8_mma.cu`.
+    pub fn load_mma(module: &Arc<CudaModule>, shared: i32) -> Result<Fp8Kernels> {
+        Fp8Kernels::named(module, "fp8_mma_product", &MMA_WIDTHS, (MMA_THREADS, shared.min(MMA_SHARED)))
+    }
+
+    fn named(
+        module: &Arc<CudaModule>,
+        name: &str,
+        widths: &'static [Width],
+        (threads, shared): (u32, i32),
+    ) -> Result<Fp8Kernels> {
+        let product = |width: &Width| function(module, &format!("{name}_{}", width.columns), shared);
+        let products = widths.iter().map(product).collect::<Result<_>>()?;
+        Ok(Fp8Kernels { arrange: function(module, "fp8_arrange", 0)?.0, widths, products, threads })
     }
 }
 
-/// The argument: the struct `Fp8Arrange` in `kernels/fp8.cuh`.
+/// The argument: the struct `Fp8Arrange` in `kernels/fp8_parts.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Arrange {
@@ -63,7 +90,7 @@ struct Arrange {
 unsafe impl DeviceRepr for Arrange {}
 const _: () = assert!(size_of::<Arrange>() == 40);
 
-/// Bytes of arranged activations: e4m3, sums of units, a factor for each row (`Fp8Arranged` in `kernels/fp8.cuh`).
+/// Bytes of arranged activations: e4m3, sums of units, a factor for each row (`Fp8Arranged` in `kernels/fp8_parts.cuh`).
 fn arranged_bytes(padded: usize, cols: usize) -> usize {
     let units = cols.div_ceil(UNIT_COLS);
     padded * (units * UNIT_COLS + units.next_multiple_of(SUMS) * 4 + 4)
@@ -85,12 +112,14 @@ impl Packed {
         }
         let ours = self.family == Family::Blocks(GgmlType::Int4G128) && batch >= FEWEST_ROWS;
         let Some(kernels) = self.kernels.fp8.as_ref().filter(|_| ours) else { return Ok(false) };
-        let Some(plan) = Plan::of(&WIDTHS, self.geometry, batch, self.kernels.processors) else { return Ok(false) };
+        let Some(plan) = Plan::of(kernels.widths, self.geometry, batch, self.kernels.processors) else {
+            return Ok(false);
+        };
         let bytes = arranged_bytes(plan.padded, cols);
         if bytes > WORKSPACE || i32::try_from(batch).is_err() {
             return Ok(false);
         }
-        let (function, shared) = &kernels.products[plan.kernel];
+        let Some((function, shared)) = kernels.products.get(plan.kernel) else { return Ok(false) };
         let stream = self.device.cuda_stream();
         self.kernels.scratch.both(&self.device, bytes, plan.partial(), |arranged, partial, arrived| {
             let (x, _x) = x.device_ptr(&stream);
@@ -102,7 +131,7 @@ impl Packed {
             let arguments = [(&raw const arrange).cast()];
             // SAFETY: `x` holds `batch` rows, as checked above, the workspace `padded` arranged ones; a block for each.
             unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, programmatic(&self.kernels))? };
-            let planned = Planned { plan, function, threads: THREADS, shared: *shared };
+            let planned = Planned { plan, function, threads: kernels.threads, shared: *shared };
             // SAFETY: `y` holds `batch` rows; the rest is as planned.
             unsafe { self.launch(planned, &self.weights, (arranged, 0, y), (partial, arrived), (batch, dtype)) }
         })?;
@@ -128,5 +157,10 @@ mod tests {
         let cases = [(40, 640, 64), (16_896, 128, 128), (16_896, 128, 256), (130, 17_920, 70)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
         assert_eq!(plans.map(|(kernel, _, cut)| (kernel, cut > 0)), [(0, false), (1, false), (2, false), (0, true)]);
+        // The kernels of warps too.
+        let cases = [(40, 128, 64), (40, 128, 128), (130, 17_920, 70), (136, 2048, 200)];
+        let plans =
+            cases.map(|(rows, cols, batch)| Plan::of(&MMA_WIDTHS, Geometry { rows, cols }, batch, 132).unwrap());
+        assert_eq!(plans.map(|plan| (plan.kernel, plan.cut > 0)), [(0, false), (1, false), (0, true), (1, true)]);
     }
 }

@@ -45,7 +45,7 @@ pub(super) struct Kernels {
     pub rans: RansKernels,
     pub attention: AttentionKernels,
     pub pointwise: PointwiseKernels,
-    /// Only on compute capability 9.0.
+    /// From compute capability 8.9 on.
     pub fp8: Option<Fp8Kernels>,
     /// Those of ggml's block formats, which are loaded when one is first asked for.
     blocks: OnceLock<Vec<(Family, PackedKernels)>>,
@@ -112,7 +112,7 @@ impl Kernels {
         let decode_rows = function(&decode, "taper_decode_rows", shared)?.0;
         // A GPU that there is no machine code for runs what its driver compiled of the PTX for 8.0, without what came later.
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
-        let capability = capability.min((ptx / 10, ptx % 10));
+        let (gpu, capability) = (capability, capability.min((ptx / 10, ptx % 10)));
         let (fixed, window) = (module(image::FIXED)?, module(image::WINDOW)?);
         let (float8, integers) = (module(image::FLOAT8)?, module(image::INTEGERS)?);
         let warpgroups = capability == (9, 0);
@@ -126,7 +126,12 @@ impl Kernels {
             };
             Ok((family, PackedKernels::load(family, module, besides.as_ref(), shared)?))
         });
-        let fp8 = warpgroups.then(|| Fp8Kernels::load(&module(image::FP8)?, shared));
+        let fp8 = match (warpgroups, gpu >= (8, 9)) {
+            (true, _) => Some(Fp8Kernels::load(&module(image::FP8)?, shared)?),
+            // There is PTX for 8.9 of these.
+            (false, true) => Some(Fp8Kernels::load_mma(&module(image::FP8_MMA)?, shared)?),
+            (false, false) => None,
+        };
         Ok(Kernels {
             decode_rows,
             decode_rows_bf16: [
@@ -147,7 +152,7 @@ impl Kernels {
             pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
-            fp8: fp8.transpose()?,
+            fp8,
             blocks: OnceLock::new(),
             shared,
             staging: Mutex::new(None),
@@ -202,10 +207,18 @@ impl LoadedKernels {
         Kernels::of(device).map(LoadedKernels)
     }
 
-    /// The compute capability that they were compiled for: 9.0 on Hopper, 8.0 on every other GPU. `CUDA_FORCE_PTX_JIT=1` makes
-    /// the driver compile those for 8.0 wherever it is.
+    /// The compute capability that they were compiled for: 9.0 on Hopper, 8.0 on every other GPU (but for products with FP8
+    /// activations, of 8.9). `CUDA_FORCE_PTX_JIT=1` makes the driver compile those for 8.0 wherever it is.
     pub fn compute_capability(&self) -> (i32, i32) {
         self.0.compiled_for
+    }
+
+    /// Whether there are products with activations rounded to FP8 ([`CudaWeight::matmul_fp8`]): from compute capability 8.9
+    /// on.
+    ///
+    /// [`CudaWeight::matmul_fp8`]: super::CudaWeight::matmul_fp8
+    pub fn fp8(&self) -> bool {
+        self.0.fp8.is_some()
     }
 }
 

@@ -32,8 +32,8 @@ impl CudaWeight {
     }
 
     /// [`CudaWeight::matmul`], but from 64 rows on `x` is rounded to FP8 (E4M3, times a power of two for each row) and
-    /// multiplied on FP8 tensor cores, if `W` is of 4-bit integers in groups of 128 and the GPU of compute capability 9.0. A
-    /// row of `x` with infinities or NaN gives NaN.
+    /// multiplied on FP8 tensor cores, if `W` is of 4-bit integers in groups of 128 and the GPU of compute capability 8.9 or
+    /// later. A row of `x` with infinities or NaN gives NaN.
     ///
     /// # Errors
     /// As [`CudaWeight::matmul`].

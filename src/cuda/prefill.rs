@@ -14,7 +14,6 @@ use super::packed::{Packed, kind_of};
 use super::scratch::WORKSPACE;
 use super::shares::{Plan, Width};
 use super::stream;
-use crate::codec::kquant::GgmlType;
 use crate::codec::{Dtype, Geometry};
 use crate::{Error, Result};
 
@@ -61,7 +60,7 @@ struct Prefill {
 unsafe impl DeviceRepr for Prefill {}
 const _: () = assert!(size_of::<Prefill>() == 96);
 
-/// A product of `kernels/{stream,prefill,fp8}.cuh`: how it is shared out, and the kernel.
+/// A product of `kernels/{stream,prefill,fp8,fp8_mma}.cuh`: how it is shared out, and the kernel.
 #[derive(Clone, Copy)]
 pub(super) struct Planned<'a> {
     pub plan: Plan,
@@ -72,11 +71,7 @@ pub(super) struct Planned<'a> {
 
 /// Whether a layout has the kernels.
 fn has(family: Family) -> bool {
-    match family {
-        Family::Fixed => true,
-        Family::Blocks(ty) => ty != GgmlType::Int4G128,
-        _ => false,
-    }
+    matches!(family, Family::Fixed | Family::Blocks(_))
 }
 
 /// A layout's kernels, one for each of [`WIDTHS`], and the shared memory that each may ask for.

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::common::int4::{FORMATS, Packed};
 use crate::products::activations;
-use crate::{captured_and_replayed, gpu, hopper, values, whole_gpu};
+use crate::{captured_and_replayed, gpu, has_fp8, values, whole_gpu};
 
 /// A row in E4M3 with its power of two: the nearest multiple of the spacing there, the even one of two.
 fn rounded(row: &[f32]) -> Vec<f64> {
@@ -75,7 +75,7 @@ pub fn exact(m: usize, cols: usize, seed: u64) -> Vec<f32> {
 #[test]
 fn rounded_activations_are_multiplied_right() {
     let Some(device) = gpu() else { return };
-    if !hopper(&device) {
+    if !has_fp8(&device) {
         return;
     }
     // Each width, whole blocks and pieces; one unit; columns that are no multiple of 16 units.
@@ -94,7 +94,7 @@ fn rounded_activations_are_multiplied_right() {
 #[test]
 fn wide_blocks_and_large_grids_are_multiplied_right() {
     let Some(device) = gpu() else { return };
-    if !hopper(&device) {
+    if !has_fp8(&device) {
         return;
     }
     for (rows, cols, m) in [(16_896, 128, 128), (16_896, 128, 256), (2176, 640, 300)] {
@@ -106,7 +106,7 @@ fn wide_blocks_and_large_grids_are_multiplied_right() {
 #[test]
 fn rows_with_specials_or_of_any_size_are_rows_apart() {
     let Some(device) = gpu() else { return };
-    if !hopper(&device) {
+    if !has_fp8(&device) {
         return;
     }
     let w = Packed::new(FORMATS[0], 72, 384, 128, false);
@@ -135,7 +135,7 @@ fn few_rows_and_other_layers_are_not_rounded() {
     for m in [1, 16, 63] {
         assert_eq!(bits(&plain, m), bits(&fp8, m), "{m} rows");
     }
-    assert_eq!(bits(&plain, 64) != bits(&fp8, 64), hopper(&device), "64 rows");
+    assert_eq!(bits(&plain, 64) != bits(&fp8, 64), has_fp8(&device), "64 rows");
     assert_eq!(bits(&plain, 64), bits(&w.linear(&device).with_fp8(true).with_fp8(false), 64));
 }
 

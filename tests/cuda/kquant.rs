@@ -206,7 +206,6 @@ fn products_of_many_rows_are_right() {
     }
 }
 
-/// 4-bit integers of AWQ and GPTQ checkpoints: rows and products, from 1 to 70 rows of activations.
 /// With more tiles for each block than teams that take them, warps of their own add up what the teams have: of whole rows, and
 /// of rows in two slabs.
 #[test]
@@ -223,6 +222,7 @@ fn blocks_of_many_tiles_are_right() {
     }
 }
 
+/// 4-bit integers of AWQ and GPTQ checkpoints: rows and products, from 1 to 70 rows of activations, and many.
 #[test]
 fn four_bit_integers_are_those_of_the_checkpoint() {
     let Some(device) = gpu() else { return };
@@ -238,6 +238,9 @@ fn four_bit_integers_are_those_of_the_checkpoint() {
             for dtype in [DType::BF16, DType::F16, DType::F32] {
                 check(&device, &layer, &matrix, &x, dtype);
             }
+        }
+        for m in [128, 129, 200, 300, 1025] {
+            check(&device, &layer, &matrix, &activations(m, cols, m as u64), DType::BF16);
         }
     }
 }

@@ -75,6 +75,11 @@ fn hopper(device: &Device) -> bool {
     candle_taper::cuda::LoadedKernels::of(cuda(device)).unwrap().compute_capability() == (9, 0)
 }
 
+/// Whether there are products with activations rounded to FP8.
+fn has_fp8(device: &Device) -> bool {
+    candle_taper::cuda::LoadedKernels::of(cuda(device)).unwrap().fp8()
+}
+
 /// A tensor's values as F32.
 fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()

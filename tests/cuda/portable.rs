@@ -1,4 +1,4 @@
-//! The kernels for compute capability 8.0, wherever the tests run.
+//! The kernels for compute capability 8.0, and those with FP8 for 8.9, wherever the tests run.
 
 use std::env;
 use std::process::Command;
@@ -10,9 +10,18 @@ use crate::gpu;
 /// Tells the driver to compile PTX and to ignore machine code, in the whole process.
 const FORCE: &str = "CUDA_FORCE_PTX_JIT";
 /// Tests that call no cuBLAS, which need not have PTX for this GPU.
-const TESTS: [&str; 4] = ["small::products", "small::kquants", "small::decoding", "small::graphs"];
+const TESTS: [&str; 8] = [
+    "small::products",
+    "small::kquants",
+    "small::decoding",
+    "small::graphs",
+    "small::activations_as_fp8",
+    "fp8::rounded_activations_are_multiplied_right",
+    "fp8::wide_blocks_and_large_grids_are_multiplied_right",
+    "fp8::rows_with_specials_or_of_any_size_are_rows_apart",
+];
 
-/// The only PTX is for 8.0. In a process of its own, where this test says what was loaded.
+/// The only PTX is for 8.0, but for products with FP8 activations: 8.9. In a process of its own, where this test says what was loaded.
 #[test]
 fn kernels_for_8_0_pass_the_tests_too() {
     let Some(device) = gpu() else { return };

@@ -11,7 +11,7 @@ use crate::common::int4::{FORMATS, Packed};
 use crate::common::kquant::QUANTIZED;
 use crate::common::{Shape, weights};
 use crate::products::{COMPRESSED, LAYOUTS, activations, check, matrix};
-use crate::{captured_and_replayed, decode, fp8, generation, gpu, hopper, kquant, whole_gpu};
+use crate::{captured_and_replayed, decode, fp8, generation, gpu, has_fp8, kquant, whole_gpu};
 
 /// Rows of activations, one for each kernel: registers, two widths of rings, on compute capability 9.0 two of streams and
 /// elsewhere wide products.
@@ -93,7 +93,7 @@ fn activations_as_fp8() {
     for cols in [640, 4352] {
         let packed = Packed::new(FORMATS[0], 40, cols, 128, false);
         let layer = packed.linear(&device).with_fp8(true);
-        for m in if hopper(&device) { &[64, 130][..] } else { &[] } {
+        for m in if has_fp8(&device) { &[64, 130][..] } else { &[] } {
             fp8::check(&device, &layer, &packed, &fp8::exact(*m, cols, 1), DType::BF16);
         }
     }
