@@ -18,7 +18,7 @@
 //              out, and cut into pieces, as in prefill.cuh. A piece that does not begin its block leaves its sums to who
 //              has the first, who adds them in their order: the result is the same from run to run.
 //
-// Launch       fp8_arrange: grid padded batch, block 256. `x` of the product: Fp8Arranged's bytes, 128-byte aligned.
+// Launch       fp8_arrange: grid padded batch, block fp8_arrangers(cols). `x` of the product: Fp8Arranged's bytes, 128-byte aligned.
 #pragma once
 #include "kquant.cuh"
 #include "prefill_parts.cuh"
@@ -27,6 +27,13 @@ namespace taper {
 
 // Units whose sums of activations are multiplied at once.
 constexpr int FP8_SUMS = 16;
+// Threads that arrange a column, at most and of so many values: as few loads each as can be, and no more threads than for
+// that.
+constexpr int FP8_ARRANGERS = 1024;
+__host__ __device__ constexpr int fp8_arrangers(int cols) {
+  const int each = ceil_div(cols / 8, FP8_ARRANGERS);
+  return ceil_div(cols / 8, 32 * each) * 32;
+}
 // Bytes of N arranged columns: of a unit, of the sums of FP8_SUMS units.
 template <int N>
 constexpr int FP8_UNIT = N * UNIT_COLS;
@@ -87,7 +94,7 @@ __device__ __forceinline__ float sum_of_two(uint32_t two) {
 // One column of activations.
 __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
 #if __CUDA_ARCH__ >= 890
-  __shared__ uint32_t largest[8];
+  __shared__ uint32_t largest[FP8_ARRANGERS / 32];
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int n = blockIdx.x, tid = threadIdx.x, units = p.cols / UNIT_COLS, eights = p.cols / 8;
@@ -96,7 +103,7 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
   const bool aligned = (((size_t)p.x | (size_t)((long long)p.x_stride * size)) & 15) == 0;
   uint32_t most = 0;
   float v[8] = {};
-  for (int i = tid; there && i < eights; i += 256) {
+  for (int i = tid; there && i < eights; i += blockDim.x) {
     eight_values(p, n, 8 * i, aligned, v);
 #pragma unroll
     for (int e = 0; e < 8; e++) most = max(most, __float_as_uint(v[e]) & 0x7FFFFFFFu);
@@ -105,7 +112,7 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
   if (tid % 32 == 0) largest[tid / 32] = most;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < 8; w++) most = max(most, largest[w]);
+  for (int w = 0; w < blockDim.x / 32; w++) most = max(most, largest[w]);
   const bool finite = most < 0x7F800000u;
   // A power of two, so that activations which e4m3 can express stay as they are.
   const uint32_t exponent = max(most >> 23, 20u) + ((most & 0x7FFFFFu) > 0x600000u);
@@ -114,7 +121,7 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
   const int column = n % p.width, all_sums = ceil_div(units, FP8_SUMS) * FP8_SUMS;
   uint8_t* const block = p.out + (size_t)(n / p.width) * units * p.width * UNIT_COLS;
   uint8_t* const sums = p.out + at.sums + (size_t)(n / p.width) * all_sums * p.width * 4;
-  for (int i = tid; i < all_sums * 16; i += 256) {
+  for (int i = tid; i < all_sums * 16; i += blockDim.x) {
     const int u = i / 16, j = i / 4 % 4, t = i % 4;
     float sum = 0;
     if (u < units) {
@@ -141,9 +148,10 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
 }
 
 // The kernel, in each of the files.
-#define FP8_ARRANGE                                                                                            \
-  extern "C" __global__ void __launch_bounds__(256) fp8_arrange(const __grid_constant__ taper::Fp8Arrange p) { \
-    taper::fp8_arrange_column(p);                                                                              \
+#define FP8_ARRANGE                                                  \
+  extern "C" __global__ void __launch_bounds__(taper::FP8_ARRANGERS) \
+      fp8_arrange(const __grid_constant__ taper::Fp8Arrange p) {     \
+    taper::fp8_arrange_column(p);                                    \
   }
 
 // What belongs to the sums of activations: -scale * zero / 512 of FP8_SUMS units, as the sum of two bf16 each: fragments of A

@@ -57,7 +57,7 @@ struct Launches {
   void run(const uint16_t* x, int x_stride, uint8_t* arranged, const uint8_t* weights, uint16_t* y, int y_stride,
            cudaStream_t stream, bool programmatic) {
     p.x = arranged, p.weights = weights, p.y = y, p.y_stride = y_stride;
-    const Config first(padded, 256, 0, stream, programmatic);
+    const Config first(padded, fp8_arrangers(p.cols), 0, stream, false);  // as in src/cuda/fp8.rs
     CUDA(cudaLaunchKernelEx(&first.config, fp8_arrange,
                             Fp8Arrange{x, arranged, bench::BF16, x_stride, p.batch, p.cols, width.columns, padded}));
     const Config second(grid, THREADS, width.shared, stream, programmatic);

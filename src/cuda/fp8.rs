@@ -9,7 +9,7 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr,
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
-use super::launch::{Grid, launch_with, programmatic};
+use super::launch::{Grid, launch_with};
 use super::packed::{Packed, kind_of};
 use super::prefill::{Planned, ROWS, THREADS};
 use super::scratch::WORKSPACE;
@@ -25,14 +25,15 @@ const SUMS: usize = 16;
 
 /// One for each kernel of whole warpgroups.
 const WIDTHS: [Width; 3] = [
-    Width { columns: 64, rows: ROWS, unit: 0.41, meeting: 15.0, evenly: None },
-    Width { columns: 128, rows: ROWS, unit: 0.59, meeting: 16.0, evenly: None },
-    Width { columns: 256, rows: ROWS, unit: 1.16, meeting: 18.0, evenly: None },
+    Width { columns: 64, rows: ROWS, unit: 0.43, meeting: 6.0, evenly: None },
+    Width { columns: 128, rows: ROWS, unit: 0.58, meeting: 6.5, evenly: None },
+    Width { columns: 256, rows: ROWS, unit: 1.06, meeting: 12.0, evenly: None },
 ];
-/// One for each kernel of warps. An H200 took these times; what counts is how they compare.
+/// One for each kernel of warps. The times are those of an RTX 4090 by the budget in `kernels/fp8_mma.cuh`; no GPU of
+/// compute capability 8.9 was at hand to measure them.
 const MMA_WIDTHS: [Width; 2] = [
-    Width { columns: 64, rows: ROWS, unit: 1.35, meeting: 8.0, evenly: None },
-    Width { columns: 128, rows: ROWS, unit: 2.45, meeting: 10.0, evenly: None },
+    Width { columns: 64, rows: ROWS, unit: 1.1, meeting: 5.0, evenly: None },
+    Width { columns: 128, rows: ROWS, unit: 1.6, meeting: 7.0, evenly: None },
 ];
 /// Threads of their blocks.
 const MMA_THREADS: u32 = 256;
@@ -90,6 +91,13 @@ struct Arrange {
 unsafe impl DeviceRepr for Arrange {}
 const _: () = assert!(size_of::<Arrange>() == 40);
 
+/// Threads that arrange a row of activations, each of which takes eight values at a time: `fp8_arrangers` in
+/// `kernels/fp8_parts.cuh`.
+fn arrangers(cols: i32) -> u32 {
+    let eights = cols.unsigned_abs() / 8;
+    eights.div_ceil(32 * eights.div_ceil(1024).max(1)) * 32
+}
+
 /// Bytes of arranged activations: e4m3, sums of units, a factor for each row (`Fp8Arranged` in `kernels/fp8_parts.cuh`).
 fn arranged_bytes(padded: usize, cols: usize) -> usize {
     let units = cols.div_ceil(UNIT_COLS);
@@ -127,10 +135,11 @@ impl Packed {
             let [m, cols, width, padded] = [batch, cols, plan.columns, plan.padded].map(|size| size as i32);
             let x_type = kind_of(dtype);
             let arrange = Arrange { x, out: arranged, x_type, x_stride: cols, batch: m, cols, width, padded };
-            let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: 256, shared: 0 };
+            let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: arrangers(cols), shared: 0 };
             let arguments = [(&raw const arrange).cast()];
+            // Not before the kernel before has ended: blocks would gather on the multiprocessors that are free first.
             // SAFETY: `x` holds `batch` rows, as checked above, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, programmatic(&self.kernels))? };
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, false)? };
             let planned = Planned { plan, function, threads: kernels.threads, shared: *shared };
             // SAFETY: `y` holds `batch` rows; the rest is as planned.
             unsafe { self.launch(planned, &self.weights, (arranged, 0, y), (partial, arrived), (batch, dtype)) }
@@ -152,13 +161,14 @@ mod tests {
         assert_eq!(plan(14336, 4096, 64), (0, 112, 0));
         assert_eq!(plan(4096, 4096, 512), (1, 128, 0));
         assert_eq!(plan(4096, 14336, 64), (0, 132, 32));
-        assert_eq!(plan(28672, 4096, 512), (1, 132, 0));
+        assert_eq!(plan(28672, 4096, 512), (2, 132, 184));
+        assert_eq!([128, 2048, 4096, 14336].map(arrangers), [32, 256, 512, 896]);
         // tests/cuda/fp8.rs takes each of the kernels, and cut blocks.
         let cases = [(40, 640, 64), (16_896, 128, 128), (16_896, 128, 256), (130, 17_920, 70)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
         assert_eq!(plans.map(|(kernel, _, cut)| (kernel, cut > 0)), [(0, false), (1, false), (2, false), (0, true)]);
         // The kernels of warps too.
-        let cases = [(40, 128, 64), (40, 128, 128), (130, 17_920, 70), (136, 2048, 200)];
+        let cases = [(40, 128, 64), (16_896, 128, 128), (130, 17_920, 70), (512, 16_896, 128)];
         let plans =
             cases.map(|(rows, cols, batch)| Plan::of(&MMA_WIDTHS, Geometry { rows, cols }, batch, 132).unwrap());
         assert_eq!(plans.map(|plan| (plan.kernel, plan.cut > 0)), [(0, false), (1, false), (0, true), (1, true)]);

@@ -58,7 +58,7 @@ impl KQuantLinear {
         KQuantLinear { op: self.op.with_name(name), ..self }
     }
 
-    /// Rounds activations to FP8 where that is faster: see [`KQuantMatmul::with_fp8`].
+    /// Rounds many rows of activations to FP8: see [`KQuantMatmul::with_fp8`].
     pub fn with_fp8(self, fp8: bool) -> KQuantLinear {
         KQuantLinear { op: self.op.with_fp8(fp8), ..self }
     }

@@ -106,10 +106,10 @@ impl KQuantMatmul {
         self
     }
 
-    /// Rounds activations to FP8 where that is faster: from 64 rows on, for 4-bit integers in groups of 128 on a GPU of
-    /// compute capability 9.0. E4M3 has four significant bits and each row a power of two of its own, which costs some 2.7%
-    /// of the result's norm for Gaussian rows; a row with infinities or NaN gives NaN. Elsewhere activations stay as they
-    /// are. It is off unless this turns it on.
+    /// Rounds activations to FP8: from 64 rows on, for 4-bit integers in groups of 128 on a GPU of compute capability 8.9 or
+    /// later. How fast that is says the README. E4M3 has four significant bits and each row a power of two of its own, which
+    /// costs some 2.7% of the result's norm for Gaussian rows; a row with infinities or NaN gives NaN. Elsewhere activations
+    /// stay as they are. It is off unless this turns it on.
     pub fn with_fp8(self, fp8: bool) -> KQuantMatmul {
         KQuantMatmul { fp8, ..self }
     }

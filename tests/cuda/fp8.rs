@@ -97,7 +97,7 @@ fn wide_blocks_and_large_grids_are_multiplied_right() {
     if !has_fp8(&device) {
         return;
     }
-    for (rows, cols, m) in [(16_896, 128, 128), (16_896, 128, 256), (2176, 640, 300)] {
+    for (rows, cols, m) in [(16_896, 128, 128), (16_896, 128, 256), (2176, 640, 300), (512, 16_896, 128)] {
         let w = Packed::new(FORMATS[0], rows, cols, 128, false);
         check(&device, &w.linear(&device).with_fp8(true), &w, &exact(m, cols, 3), DType::BF16);
     }
