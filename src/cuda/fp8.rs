@@ -164,11 +164,12 @@ mod tests {
         assert_eq!(plan(28672, 4096, 512), (2, 132, 184));
         assert_eq!([128, 2048, 4096, 14336].map(arrangers), [32, 256, 512, 896]);
         // tests/cuda/fp8.rs takes each of the kernels, and cut blocks.
-        let cases = [(40, 640, 64), (16_896, 128, 128), (16_896, 128, 256), (130, 17_920, 70)];
+        let cases = [(40, 640, 64), (16_896, 128, 128), (16_896, 128, 256), (136, 17_920, 64), (512, 16_896, 120)];
         let plans = cases.map(|(rows, cols, batch)| plan(rows, cols, batch));
-        assert_eq!(plans.map(|(kernel, _, cut)| (kernel, cut > 0)), [(0, false), (1, false), (2, false), (0, true)]);
+        let taken = plans.map(|(kernel, _, cut)| (kernel, cut > 0));
+        assert_eq!(taken, [(0, false), (1, false), (2, false), (0, true), (1, true)]);
         // The kernels of warps too.
-        let cases = [(40, 128, 64), (16_896, 128, 128), (130, 17_920, 70), (512, 16_896, 128)];
+        let cases = [(40, 640, 64), (16_896, 128, 128), (136, 17_920, 64), (512, 16_896, 120)];
         let plans =
             cases.map(|(rows, cols, batch)| Plan::of(&MMA_WIDTHS, Geometry { rows, cols }, batch, 132).unwrap());
         assert_eq!(plans.map(|plan| (plan.kernel, plan.cut > 0)), [(0, false), (1, false), (0, true), (1, true)]);

@@ -79,7 +79,7 @@ fn rounded_activations_are_multiplied_right() {
         return;
     }
     // Each width, whole blocks and pieces; one unit; columns that are no multiple of 16 units.
-    for (rows, cols, m) in [(8, 128, 64), (40, 640, 65), (136, 2048, 200), (264, 1152, 129), (136, 17_920, 70)] {
+    for (rows, cols, m) in [(8, 128, 64), (40, 640, 65), (136, 2048, 200), (264, 1152, 129), (136, 17_920, 64)] {
         for symmetric in [false, true] {
             let w = Packed::new(FORMATS[rows / 8 % 3], rows, cols, 128, symmetric);
             let layer = w.linear(&device).with_fp8(true);
@@ -97,7 +97,7 @@ fn wide_blocks_and_large_grids_are_multiplied_right() {
     if !has_fp8(&device) {
         return;
     }
-    for (rows, cols, m) in [(16_896, 128, 128), (16_896, 128, 256), (2176, 640, 300), (512, 16_896, 128)] {
+    for (rows, cols, m) in [(16_896, 128, 128), (16_896, 128, 256), (2176, 640, 300), (512, 16_896, 120)] {
         let w = Packed::new(FORMATS[0], rows, cols, 128, false);
         check(&device, &w.linear(&device).with_fp8(true), &w, &exact(m, cols, 3), DType::BF16);
     }
