@@ -38,11 +38,11 @@ constexpr int TILES = 8;  // of a block
 struct Launches {
   Prefill p = {};
   Width width;
-  int padded, grid, units;
+  int padded, grid, units, multiprocessors;
 
   Launches(const Device& device, const Matrix& packed, const DenseMatrix& dense, int batch, const Width& width_,
            bool cut)
-      : width(width_) {
+      : width(width_), multiprocessors(device.multiprocessors) {
     CUDA(cudaFuncSetAttribute(width.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, width.shared));
     const auto& shape = packed.shape();
     padded = ceil_div(batch, width.columns) * width.columns, units = shape.units;
@@ -57,7 +57,7 @@ struct Launches {
   void run(const uint16_t* x, int x_stride, uint8_t* arranged, const uint8_t* weights, uint16_t* y, int y_stride,
            cudaStream_t stream, bool programmatic) {
     p.x = arranged, p.weights = weights, p.y = y, p.y_stride = y_stride;
-    const Config first(padded, fp8_arrangers(p.cols), 0, stream, false);  // as in src/cuda/fp8.rs
+    const Config first(padded, fp8_arrangers(p.cols), 0, stream, programmatic && padded > 2 * multiprocessors);
     CUDA(cudaLaunchKernelEx(&first.config, fp8_arrange,
                             Fp8Arrange{x, arranged, bench::BF16, x_stride, p.batch, p.cols, width.columns, padded}));
     const Config second(grid, THREADS, width.shared, stream, programmatic);

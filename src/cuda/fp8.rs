@@ -9,7 +9,7 @@ use cudarc::driver::{CudaFunction, CudaModule, CudaView, CudaViewMut, DevicePtr,
 
 use super::family::{Family, UNIT_COLS};
 use super::kernels::function;
-use super::launch::{Grid, launch_with};
+use super::launch::{Grid, launch_with, programmatic};
 use super::packed::{Packed, kind_of};
 use super::prefill::{Planned, ROWS, THREADS};
 use super::scratch::WORKSPACE;
@@ -137,9 +137,10 @@ impl Packed {
             let arrange = Arrange { x, out: arranged, x_type, x_stride: cols, batch: m, cols, width, padded };
             let grid = Grid { blocks: [plan.padded as u32, 1, 1], threads: arrangers(cols), shared: 0 };
             let arguments = [(&raw const arrange).cast()];
-            // Not before the kernel before has ended: blocks would gather on the multiprocessors that are free first.
+            // Few blocks would gather on the multiprocessors that the kernel before leaves first: they wait for its end.
+            let early = plan.padded > 2 * self.kernels.processors && programmatic(&self.kernels);
             // SAFETY: `x` holds `batch` rows, as checked above, the workspace `padded` arranged ones; a block for each.
-            unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, false)? };
+            unsafe { launch_with(&stream, &kernels.arrange, grid, &arguments, early)? };
             let planned = Planned { plan, function, threads: kernels.threads, shared: *shared };
             // SAFETY: `y` holds `batch` rows; the rest is as planned.
             unsafe { self.launch(planned, &self.weights, (arranged, 0, y), (partial, arrived), (batch, dtype)) }
