@@ -4,7 +4,7 @@
 //              activations.
 // Budget       A unit of N = 128 is 512 cycles of the tensor cores, for both warpgroups. A warp issues 152 instructions for
 //              it, 64 of them adding sums in f32; products whose A and D are registers overlap with hardly any of them (the
-//              same was seen with products alone and with the adding alone), so it takes 1150. N = 256: 270 instructions,
+//              same was seen with products alone and with the adding alone), so it takes some 1100. N = 256: 270 instructions,
 //              2300 cycles of which 1024; N = 64: 123, and 8.6 KB of weights, 450 cycles of the memory.
 //
 // Launch       fp8_product_N: as prefill.cuh's, dynamic shared memory fp8_shared_bytes<N>().
