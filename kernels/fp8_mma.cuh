@@ -2,8 +2,8 @@
 // and all from 10.0 on. Products of warps (mma, PTX 8.4).
 //
 // Work split   Eight warps, each of which decodes a tile and multiplies it with all N columns of activations.
-// Copies       cp.async, by all threads, SLOTS units ahead: a warp those of its tile, all together the activations and, with the
-//              first unit of FP8_SUMS, their sums.
+// Copies       cp.async, by all threads, SLOTS - 1 units ahead: a warp those of its tile, all together the activations
+//              and, with the first unit of FP8_SUMS, their sums.
 // Budget       Of compute capability 8.9 (GeForce): tensor cores of a multiprocessor take 512 products a cycle, those of a
 //              unit and N = 128 columns 4096 cycles, N = 64 2048; its weights, 8.6 KB, take 2750 of the memory. What a
 //              warp issues for N = 128, some 230 instructions, two warps a scheduler, is little against both, and so are

@@ -154,8 +154,8 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
     taper::fp8_arrange_column(p);                                    \
   }
 
-// What belongs to the sums of activations: -scale * zero / 512 of FP8_SUMS units, as the sum of two bf16 each: fragments of A
-// whose K is the unit. At `kept` are eight words for each unit, the scales of rows g and g + 8 in word g, then as many
+// What belongs to the sums of activations: -scale * zero / 512 of FP8_SUMS units, as the sum of two bf16 each:
+// fragments of A whose K is the unit. At `kept` are eight words for each unit, the scales of rows g and g + 8 in word g, then as many
 // with zeros. Units before `first` and from `last` on, of one such set, are not there.
 __device__ __forceinline__ void zero_fragments(uint32_t kept, int g, int t, uint32_t first, uint32_t last,
                                                uint32_t (&high)[4], uint32_t (&low)[4]) {
