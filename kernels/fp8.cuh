@@ -4,8 +4,8 @@
 //              activations.
 // Budget       A unit of N = 128 is 512 cycles of the tensor cores, for both warpgroups. A warp issues 152 instructions for
 //              it, 64 of them adding sums in f32; products whose A and D are registers overlap with hardly any of them (the
-//              same was seen with products alone and with the adding alone), so it takes some 1100. N = 256: 270 instructions,
-//              2300 cycles of which 1024; N = 64: 123, and 8.6 KB of weights, 450 cycles of the memory.
+//              same was seen with products alone and with the adding alone), so it takes some 1100. N = 256: 270
+//              instructions, 2300 cycles of which 1024; N = 64: 123, and 8.6 KB of weights, 450 cycles of the memory.
 //
 // Launch       fp8_product_N: as prefill.cuh's, dynamic shared memory fp8_shared_bytes<N>().
 #pragma once
@@ -152,25 +152,20 @@ __device__ __forceinline__ void fp8_product(const Prefill& p) {
       for (; u < last; u++, turn.next()) {
         const uint32_t at = a_ring + turn.slot * R::A_BYTES + warp * L::UNIT_BYTES;
         mbarrier_wait(full + 8 * turn.slot, turn.phase);
-        uint32_t a[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) e4m3_codes(at, j, lane, a[j]);
-        typename L::S scales;
-        scales.load(at + L::C::BYTES, 0, 0, g);
-        keep_scales(keep_at, u, t, scales);
+        const Fp8Unit<L> unit(at, u, keep_at, g, t, lane);
         const uint32_t low = __shfl_sync(~0u, (b_first & 0x3FFF) + turn.slot * (R::B_BYTES / 16), 0);
 #pragma unroll
         for (int s = 0; s < N / S; s++) {
           wgmma_fence();
 #pragma unroll
-          for (int j = 0; j < 4; j++) wgmma_e4m3(sums, a[j], descriptor(low + 2 * j * N + s * S), j ? 1 : anew);
+          for (int j = 0; j < 4; j++) wgmma_e4m3(sums, unit.a[j], descriptor(low + 2 * j * N + s * S), j ? 1 : anew);
           wgmma_commit();
           wgmma_wait<0>();
           if (s == 0 && used) mbarrier_arrive(used);
 #pragma unroll
           for (int i = 0; i < S / 2; i++) {
             float& to = c[s * (S / 8) + i / 4][i % 4];
-            to = fmaf(scales.scale[i >> 1 & 1], sums[i / 4][i % 4], to);
+            to = fmaf(unit.scales.scale[i >> 1 & 1], sums[i / 4][i % 4], to);
           }
         }
         used = empty + 8 * turn.slot;

@@ -133,25 +133,20 @@ __device__ __forceinline__ void fp8_mma_product(const Prefill& p) {
       __syncthreads();  // the unit is there for all, and nobody reads the one before it
       send(u + R::SLOTS - 1);
       const uint32_t at = slot_of(u) + warp * L::UNIT_BYTES, b_at = slot_of(u) + R::A_BYTES + b_lane;
-      uint32_t a[4][4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) e4m3_codes(at, j, lane, a[j]);
-      typename L::S scales;
-      scales.load(at + L::C::BYTES, 0, 0, g);
-      keep_scales(keep_at, u, t, scales);
+      const Fp8Unit<L> unit(at, u, keep_at, g, t, lane);
 #pragma unroll
       for (int i = 0; i < N / 8; i += 2) {
         float sums[2][4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const uint4 b = lds_matrices(b_at + 2 * j * N * 16 + 128 * i);
-          mma_e4m3(sums[0], a[j], b.x, b.y);
-          mma_e4m3(sums[1], a[j], b.z, b.w);
+          mma_e4m3(sums[0], unit.a[j], b.x, b.y);
+          mma_e4m3(sums[1], unit.a[j], b.z, b.w);
         }
 #pragma unroll
         for (int e = 0; e < 8; e++) {
           float& to = c[i + e / 4][e % 4];
-          to = fmaf(scales.scale[e >> 1 & 1], sums[e / 4][e % 4], to);
+          to = fmaf(unit.scales.scale[e >> 1 & 1], sums[e / 4][e % 4], to);
         }
       }
       if (u + 1 == piece.last || (u + 1) % FP8_SUMS == 0) add_sums(max(piece.first, u / FP8_SUMS * FP8_SUMS), u + 1);

@@ -155,8 +155,8 @@ __device__ __forceinline__ void fp8_arrange_column(const Fp8Arrange& p) {
   }
 
 // What belongs to the sums of activations: -scale * zero / 512 of FP8_SUMS units, as the sum of two bf16 each:
-// fragments of A whose K is the unit. At `kept` are eight words for each unit, the scales of rows g and g + 8 in word g, then as many
-// with zeros. Units before `first` and from `last` on, of one such set, are not there.
+// fragments of A whose K is the unit. At `kept` are eight words for each unit, the scales of rows g and g + 8 in word g,
+// then as many with zeros. Units before `first` and from `last` on, of one such set, are not there.
 __device__ __forceinline__ void zero_fragments(uint32_t kept, int g, int t, uint32_t first, uint32_t last,
                                                uint32_t (&high)[4], uint32_t (&low)[4]) {
 #pragma unroll
@@ -180,19 +180,25 @@ __device__ __forceinline__ void zero_fragments(uint32_t kept, int g, int t, uint
   }
 }
 
-// Where a warp keeps them until there are so many: each lane writes one of them, as another does, and none branches off.
+// Where a lane keeps one of them until there are so many, as another lane does: none branches off.
 constexpr int FP8_KEPT = 1024;
 __device__ __forceinline__ uint32_t keep_place(uint32_t kept, int g, int t) { return kept + 512 * (t & 1) + 4 * g; }
-template <class S>
-__device__ __forceinline__ void keep_scales(uint32_t place, uint32_t unit, int t, const S& scales) {
-  sts32(place + 32 * (unit % FP8_SUMS), t & 1 ? scales.zeros : scales.both);
-}
-// The codes of a lane's 16 weights of vector j, as A.
-__device__ __forceinline__ void e4m3_codes(uint32_t unit_at, int j, int lane, uint32_t (&a)[4]) {
-  const uint2 w = lds64(unit_at + 256 * j + 8 * lane);
-  a[0] = w.x & 0x0F0F0F0Fu, a[1] = w.x >> 4 & 0x0F0F0F0Fu;
-  a[2] = w.y & 0x0F0F0F0Fu, a[3] = w.y >> 4 & 0x0F0F0F0Fu;
-}
+// What a lane needs of a unit: its codes, as A of each vector, and the scales of its rows, which are kept too.
+template <class L>
+struct Fp8Unit {
+  uint32_t a[4][4];
+  typename L::S scales;
+  __device__ __forceinline__ Fp8Unit(uint32_t at, uint32_t unit, uint32_t keep_at, int g, int t, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint2 w = lds64(at + 256 * j + 8 * lane);
+      a[j][0] = w.x & 0x0F0F0F0Fu, a[j][1] = w.x >> 4 & 0x0F0F0F0Fu;
+      a[j][2] = w.y & 0x0F0F0F0Fu, a[j][3] = w.y >> 4 & 0x0F0F0F0Fu;
+    }
+    scales.load(at + L::C::BYTES, 0, 0, g);
+    sts32(keep_at + 32 * (unit % FP8_SUMS), t & 1 ? scales.zeros : scales.both);
+  }
+};
 
 // Joins a piece's sums with those of others, half of the block's warps at a time: false if another adds them up. `place`
 // counts that half's threads.
@@ -253,4 +259,5 @@ __device__ __forceinline__ void store_floats(const Prefill& p, const float (&c)[
     if (row < p.rows && column < p.batch) ((float*)p.y)[(size_t)column * p.y_stride + row] = c[i / 4][i % 4];
   }
 }
+
 }  // namespace taper

@@ -126,7 +126,7 @@ __device__ __forceinline__ void store_results(const Prefill& p, const float (&c)
       const uint32_t buffer = n / 32 % 2 * RESULT_BUFFER;
 #pragma unroll
       for (int h = 0; h < 2 && n + 16 * h < N; h++) {
-        const float(&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
+        const float (&lo)[4] = c[n / 8 + 2 * h], (&hi)[4] = c[n / 8 + 2 * h + 1];
         store_transposed(out + buffer + 16 * h * RESULT_STRIDE, pack(lo[0], lo[1]), pack(lo[2], lo[3]),
                          pack(hi[0], hi[1]), pack(hi[2], hi[3]));
       }

@@ -49,7 +49,8 @@ struct StreamUnit {
         }
       }
   }
-  // Eight bits of the scale's 11 and the rest, times integers of five: the second product is exact, so the sum is rounded once.
+  // Eight bits of the scale's 11 and the rest, times integers of five: the second product is exact, so the sum is rounded
+  // once.
   __device__ __forceinline__ void scaled_integers(int j, uint32_t (&a)[8]) const {
     integers<L>(raw[j], scales, two_128(), a);
 #pragma unroll

@@ -37,8 +37,6 @@ const MMA_WIDTHS: [Width; 2] = [
 ];
 /// Threads of their blocks.
 const MMA_THREADS: u32 = 256;
-/// The shared memory that a block may have on compute capability 8.9, which their slots were laid out for.
-const MMA_SHARED: i32 = 99 * 1024;
 
 /// The kernels of a GPU.
 #[derive(Debug)]
@@ -58,7 +56,7 @@ impl Fp8Kernels {
 
     /// Those of `kernels/fp8_mma.cu`.
     pub fn load_mma(module: &Arc<CudaModule>, shared: i32) -> Result<Fp8Kernels> {
-        Fp8Kernels::named(module, "fp8_mma_product", &MMA_WIDTHS, (MMA_THREADS, shared.min(MMA_SHARED)))
+        Fp8Kernels::named(module, "fp8_mma_product", &MMA_WIDTHS, (MMA_THREADS, shared))
     }
 
     fn named(
@@ -119,7 +117,8 @@ impl Packed {
             return Err(Error::Invalid("a product that does not fit into its memory".into()));
         }
         let ours = self.family == Family::Blocks(GgmlType::Int4G128) && batch >= FEWEST_ROWS;
-        let Some(kernels) = self.kernels.fp8.as_ref().filter(|_| ours) else { return Ok(false) };
+        let kernels = if ours { self.kernels.fp8()? } else { None };
+        let Some(kernels) = kernels else { return Ok(false) };
         let Some(plan) = Plan::of(kernels.widths, self.geometry, batch, self.kernels.processors) else {
             return Ok(false);
         };

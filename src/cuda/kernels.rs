@@ -45,10 +45,8 @@ pub(super) struct Kernels {
     pub rans: RansKernels,
     pub attention: AttentionKernels,
     pub pointwise: PointwiseKernels,
-    /// From compute capability 8.9 on.
-    pub fp8: Option<Fp8Kernels>,
-    /// Those of ggml's block formats, which are loaded when one is first asked for.
-    blocks: OnceLock<Vec<(Family, PackedKernels)>>,
+    /// Those of block formats, which are loaded when one is first asked for: for a matrix, not while products are captured.
+    blocks: OnceLock<BlockKernels>,
     /// Dynamic shared memory that a block may have.
     shared: i32,
     /// Pinned memory for uploads.
@@ -58,7 +56,9 @@ pub(super) struct Kernels {
     pub side: Mutex<Option<SideStreams>>,
     /// Multiprocessors of the GPU.
     pub processors: usize,
-    /// The compute capability that the code was compiled for: the GPU's, or an earlier one.
+    /// The GPU's compute capability.
+    capability: (i32, i32),
+    /// The one that the code was compiled for: the GPU's, or an earlier one.
     compiled_for: (i32, i32),
     /// True for compute capability 9.0, whose tensor cores take products of whole warpgroups.
     pub warpgroups: bool,
@@ -66,6 +66,12 @@ pub(super) struct Kernels {
     /// waits for it by itself.
     pub programmatic: bool,
     context: Arc<CudaContext>,
+}
+
+/// Kernels of ggml's block formats, and for activations as FP8, where the GPU can: these multiply 4-bit integers.
+struct BlockKernels {
+    packed: Vec<(Family, PackedKernels)>,
+    fp8: Option<Fp8Kernels>,
 }
 
 impl fmt::Debug for Kernels {
@@ -112,10 +118,10 @@ impl Kernels {
         let decode_rows = function(&decode, "taper_decode_rows", shared)?.0;
         // A GPU that there is no machine code for runs what its driver compiled of the PTX for 8.0, without what came later.
         let ptx = driver(decode_rows.get_attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION))?;
-        let (gpu, capability) = (capability, capability.min((ptx / 10, ptx % 10)));
+        let compiled_for = capability.min((ptx / 10, ptx % 10));
         let (fixed, window) = (module(image::FIXED)?, module(image::WINDOW)?);
         let (float8, integers) = (module(image::FLOAT8)?, module(image::INTEGERS)?);
-        let warpgroups = capability == (9, 0);
+        let warpgroups = compiled_for == (9, 0);
         let besides = warpgroups.then(|| Warpgroups::load(&context, image::STREAM, image::PREFILL)).transpose()?;
         let packed = Family::FROM_ROWS.into_iter().map(|family| {
             let module = match family {
@@ -126,12 +132,6 @@ impl Kernels {
             };
             Ok((family, PackedKernels::load(family, module, besides.as_ref(), shared)?))
         });
-        let fp8 = match (warpgroups, gpu >= (8, 9)) {
-            (true, _) => Some(Fp8Kernels::load(&module(image::FP8)?, shared)?),
-            // There is PTX for 8.9 of these.
-            (false, true) => Some(Fp8Kernels::load_mma(&module(image::FP8_MMA)?, shared)?),
-            (false, false) => None,
-        };
         Ok(Kernels {
             decode_rows,
             decode_rows_bf16: [
@@ -152,21 +152,21 @@ impl Kernels {
             pointwise: PointwiseKernels::load(&module(image::POINTWISE)?)?,
             pair: PairKernels::load(&module(image::PAIR)?, shared)?,
             rans: RansKernels::load(&module(image::RANS)?, shared)?,
-            fp8,
             blocks: OnceLock::new(),
             shared,
             staging: Mutex::new(None),
             scratch: Scratch::new(processors as usize),
             side: Mutex::new(None),
             processors: processors as usize,
-            compiled_for: capability,
+            capability,
+            compiled_for,
             warpgroups,
-            programmatic: capability >= (9, 0),
+            programmatic: compiled_for >= (9, 0),
             context,
         })
     }
 
-    fn blocks(&self) -> Result<&Vec<(Family, PackedKernels)>> {
+    fn blocks(&self) -> Result<&BlockKernels> {
         if let Some(loaded) = self.blocks.get() {
             return Ok(loaded);
         }
@@ -181,14 +181,29 @@ impl Kernels {
             let family = Family::Blocks(ty);
             Ok((family, PackedKernels::load(family, module, besides.as_ref(), self.shared)?))
         };
-        let loaded = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
+        let packed = Family::BLOCKS.into_iter().map(load).collect::<Result<_>>()?;
+        let fp8 = match (self.has_fp8(), self.warpgroups) {
+            (false, _) => None,
+            (true, true) => Some(Fp8Kernels::load(&load_module(&self.context, image::FP8)?, self.shared)?),
+            // Whatever the rest was compiled for: there is PTX for 8.9 of these.
+            (true, false) => Some(Fp8Kernels::load_mma(&load_module(&self.context, image::FP8_MMA)?, self.shared)?),
+        };
         // Another thread may have been quicker; both loaded the same.
-        Ok(self.blocks.get_or_init(|| loaded))
+        Ok(self.blocks.get_or_init(|| BlockKernels { packed, fp8 }))
+    }
+
+    fn has_fp8(&self) -> bool {
+        self.capability >= (8, 9)
+    }
+
+    /// Kernels for activations as FP8: from compute capability 8.9 on.
+    pub fn fp8(&self) -> Result<Option<&Fp8Kernels>> {
+        Ok(self.blocks()?.fp8.as_ref())
     }
 
     /// The kernels of a layout.
     pub fn packed(&self, family: Family) -> Result<&PackedKernels> {
-        let list = if family.blocks() { self.blocks()? } else { &self.packed };
+        let list = if family.blocks() { &self.blocks()?.packed } else { &self.packed };
         let kernels = list.iter().find(|(of, _)| *of == family);
         kernels.map(|(_, kernels)| kernels).ok_or_else(|| Error::Unsupported(format!("no kernels for {family:?}")))
     }
@@ -218,7 +233,7 @@ impl LoadedKernels {
     ///
     /// [`CudaWeight::matmul_fp8`]: super::CudaWeight::matmul_fp8
     pub fn fp8(&self) -> bool {
-        self.0.fp8.is_some()
+        self.0.has_fp8()
     }
 }
 

@@ -21,7 +21,8 @@ const TESTS: [&str; 8] = [
     "fp8::rows_with_specials_or_of_any_size_are_rows_apart",
 ];
 
-/// The only PTX is for 8.0, but for products with FP8 activations: 8.9. In a process of its own, where this test says what was loaded.
+/// The only PTX is for 8.0, but for products with FP8 activations: 8.9. In a process of its own, where this test says what was
+/// loaded.
 #[test]
 fn kernels_for_8_0_pass_the_tests_too() {
     let Some(device) = gpu() else { return };
